@@ -1,0 +1,63 @@
+"""clustermim: masked image modelling on K-means patch tokens.
+
+The public API is imported lazily (PEP 562), so that `import clustermim` and `clustermim --help` do not import torch.
+"""
+
+import importlib
+from typing import TYPE_CHECKING
+
+__version__ = "0.1.0"
+
+# name -> module that defines it
+_API = {
+    "open_source": "clustermim.data.sources",
+    "DataOptions": "clustermim.data.options",
+    "make_loader": "clustermim.data.loaders",
+    "open_encoder": "clustermim.encoders.opening",
+    "make_features": "clustermim.features.patches",
+    "Tokenizer": "clustermim.tokenizers.tokenizer",
+    "load_tokenizer": "clustermim.tokenizers.tokenizer",
+    "score_tokens": "clustermim.scoring.tcas",
+    "TokenScore": "clustermim.scoring.tcas",
+    "MaskedImageModel": "clustermim.mim.model",
+    "fit_tokenizer": "clustermim.verbs.tokenizer_fit",
+    "show_tokenizer": "clustermim.verbs.tokenizer_show",
+    "tokenize": "clustermim.verbs.tokenize_images",
+    "tcas": "clustermim.verbs.score",
+    "pretrain": "clustermim.verbs.pretrain_encoder",
+    "probe": "clustermim.verbs.probe_encoders",
+    "demo": "clustermim.verbs.run_demo",
+}
+
+__all__ = ["__version__", *_API]  # noqa: PLE0604 - names resolved by __getattr__
+
+if TYPE_CHECKING:
+    from clustermim.data.loaders import make_loader
+    from clustermim.data.options import DataOptions
+    from clustermim.data.sources import open_source
+    from clustermim.encoders.opening import open_encoder
+    from clustermim.features.patches import make_features
+    from clustermim.mim.model import MaskedImageModel
+    from clustermim.scoring.tcas import TokenScore, score_tokens
+    from clustermim.tokenizers.tokenizer import Tokenizer, load_tokenizer
+    from clustermim.verbs.pretrain_encoder import pretrain
+    from clustermim.verbs.probe_encoders import probe
+    from clustermim.verbs.run_demo import demo
+    from clustermim.verbs.score import tcas
+    from clustermim.verbs.tokenize_images import tokenize
+    from clustermim.verbs.tokenizer_fit import fit_tokenizer
+    from clustermim.verbs.tokenizer_show import show_tokenizer
+
+
+def __getattr__(name: str) -> object:
+    """Import the module that defines `name` on first use."""
+    if name not in _API:
+        raise AttributeError(f"module 'clustermim' has no attribute {name!r}")
+    value = getattr(importlib.import_module(_API[name]), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    """The public names."""
+    return sorted(__all__)

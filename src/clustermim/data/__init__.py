@@ -1,0 +1,1 @@
+"""Where images come from: sources, splits, views, masks and batches."""

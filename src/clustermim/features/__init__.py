@@ -1,0 +1,1 @@
+"""What a patch is described by: pixels, and the features of a backbone."""

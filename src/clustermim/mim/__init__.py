@@ -1,0 +1,1 @@
+"""Learning from the names: masked image modelling."""

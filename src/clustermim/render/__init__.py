@@ -1,0 +1,1 @@
+"""Pictures and pages: figures, picture sheets, self-contained HTML."""

@@ -1,0 +1,1 @@
+"""How good the names are, before any training: TCAS and its companions."""

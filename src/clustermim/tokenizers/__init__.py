@@ -1,0 +1,1 @@
+"""What a patch is called: K-means tokens and the controls that bracket them."""

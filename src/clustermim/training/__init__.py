@@ -1,0 +1,1 @@
+"""What every trainer shares: launch, checkpoints, optimiser and schedule, progress."""

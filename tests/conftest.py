@@ -1,0 +1,18 @@
+"""Shared by all tests: shapes and types are checked at run time here, and only here."""
+
+import os
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("HF_DATASETS_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+from beartype import BeartypeConf, beartype
+from jaxtyping import install_import_hook
+
+
+def checked(thing):  # type: ignore[no-untyped-def]
+    """beartype with the numeric tower: an int is welcome where a float is asked for."""
+    return beartype(conf=BeartypeConf(is_pep484_tower=True))(thing)
+
+
+install_import_hook("clustermim", "conftest.checked")
