@@ -19,7 +19,7 @@ from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import Any
 
 import yaml
 
@@ -195,7 +195,7 @@ class RunDirectory:
         self._manifest: dict[str, Any] = {}
         self._lock: _Lease | None = None
 
-    def __enter__(self) -> Self:
+    def __enter__(self) -> "RunDirectory":
         """Check the directory, take its lock, write `config.yaml` and a first manifest."""
         self._refuse_foreign()
         try:
@@ -365,7 +365,7 @@ class _Lease:
                     f"{self.path.parent} is in use by process {holder.get('pid')} on {holder.get('host')}. "
                     "Wait for it to end, or choose another --out."
                 )
-            self._take_away()
+            self._take_away(holder)
         raise InputError(f"{self.path.parent} is in use: its lock is taken by others again and again. Try later.")
 
     def release(self) -> None:
@@ -392,16 +392,18 @@ class _Lease:
         finally:
             Path(name).unlink(missing_ok=True)
 
-    def _take_away(self) -> None:
+    def _take_away(self, dead: dict[str, Any] | None) -> None:
         """Rename the dead lock first: of two that find it dead, only one succeeds in moving it."""
         grave = self.path.with_name(f".partial-dead-{os.getpid()}-{time.monotonic_ns()}")
-        with contextlib.suppress(FileNotFoundError):
+        with contextlib.suppress(FileNotFoundError, FileExistsError):
             self.path.rename(grave)
+            if self._holder(grave) != dead:  # somebody took it over between our look and our rename: give it back
+                os.link(grave, self.path)
             grave.unlink(missing_ok=True)
 
-    def _holder(self) -> dict[str, Any] | None:
+    def _holder(self, path: Path | None = None) -> dict[str, Any] | None:
         try:
-            holder = json.loads(self.path.read_text())
+            holder = json.loads((path or self.path).read_text())
         except (OSError, ValueError):
             return None
         return holder if isinstance(holder, dict) else None

@@ -1,0 +1,135 @@
+"""The command line: registers the verbs by import string, so that only the verb in use is imported.
+
+A verb is a typed Python function; cyclopts makes its options from the signature and its help from the docstring. The
+function returns a result that is printed here: to stdout what was asked for, to stderr everything else.
+"""
+
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+from cyclopts import App, CycloptsError, CycloptsPanel, Parameter, UnknownOptionError
+from cyclopts.config import Yaml
+from rich.console import Console
+
+from clustermim import __version__
+from clustermim.errors import ClusterMIMError, InputError, nearest
+
+_VERBS = {
+    "demo": ("run_demo:demo", "The whole idea on embedded images, in about two minutes."),
+    "tokenize": ("tokenize_images:tokenize", "Write the token ids of every image of a data set."),
+    "tcas": ("score:tcas", "Score tokenizers with labelled images, before any training."),
+    "pretrain": ("pretrain_encoder:pretrain", "Pretrain a ViT by masked image modelling."),
+    "probe": ("probe_encoders:probe", "Judge encoders by k-NN and linear probe."),
+}
+_TOKENIZER_VERBS = {
+    "fit": ("tokenizer_fit:fit_tokenizer", "Fit a tokenizer to a data set, or make a control."),
+    "show": ("tokenizer_show:show_tokenizer", "Vocabulary and token maps as pictures."),
+}
+
+
+def build_app() -> App:
+    """The command tree; nothing but this file and cyclopts is imported by building it."""
+    app = App(
+        name="clustermim",
+        help="Masked image modelling on K-means patch tokens: tokenize, score, pretrain, judge, use in timm.",
+        help_format="markdown",
+        version=__version__,
+        result_action="return_value",
+    )
+    tokenizer = App(name="tokenizer", help="Fit tokenizers and look at them.")
+    for parent, verbs in ((app, _VERBS), (tokenizer, _TOKENIZER_VERBS)):
+        for name, (target, summary) in verbs.items():
+            parent.command(f"clustermim.verbs.{target}", name=name, help=summary)
+        if parent is app:
+            app.command(tokenizer)
+
+    @app.meta.default
+    def launch(
+        *tokens: Annotated[str, Parameter(show=False, allow_leading_hyphen=True)],
+        config: Annotated[
+            Path | None, Parameter(help="YAML file with any options of the verb; the command line overrides it.")
+        ] = None,
+    ) -> Any:
+        _check_verb(tokens)
+        if config is not None:
+            if not config.is_file():
+                raise InputError(f"--config {config}: there is no such file. Check the path.")
+            app.config = (Yaml(config, use_commands_as_keys=False),)
+        return app(tokens, exit_on_error=False, print_error=False, result_action="return_value")
+
+    return app
+
+
+def _check_verb(tokens: Sequence[str]) -> None:
+    """Name the nearest verb at once; cyclopts would first import every verb, and with them torch, to do so."""
+    known: Sequence[str] = [*_VERBS, "tokenizer"]
+    for depth, token in enumerate(tokens[:2]):
+        if token.startswith("-"):
+            return
+        if token not in known:
+            raise InputError(f"there is no verb {' '.join(tokens[: depth + 1])!r}.{nearest(token, known)}")
+        if token != "tokenizer":
+            return
+        known = list(_TOKENIZER_VERBS)
+
+
+def run(arguments: Sequence[str]) -> int:
+    """Run one command line and return its exit code; messages go to stderr, results to stdout.
+
+    Parameters
+    ----------
+    arguments
+        What stands behind `clustermim`.
+
+    Returns
+    -------
+    int
+        0 done, 2 input, 3 non-finite loss, 4 disk, memory or worker, 75 stopped and resumable, 130 interrupted.
+    """
+    errors = Console(stderr=True)
+    try:
+        result = build_app().meta(list(arguments), exit_on_error=False, print_error=False, result_action="return_value")
+    except UnknownOptionError as error:
+        if error.token.source == "cli":
+            errors.print(CycloptsPanel(error))
+        else:
+            _tell(errors, _unknown_key(error))
+        return InputError.exit_code
+    except CycloptsError as error:
+        errors.print(CycloptsPanel(error))
+        return InputError.exit_code
+    except ClusterMIMError as error:
+        _tell(errors, error)
+        return error.exit_code
+    except KeyboardInterrupt:
+        errors.print("Interrupted. A run with --out can be continued with --resume.")
+        return 130
+    except MemoryError:
+        errors.print("Error: out of memory. Use a smaller --batch-size or --image-size.", style="bold red")
+        return 4
+    if result is not None and hasattr(result, "__rich__"):
+        # Piped output is for programs and files: no line of a table may be folded there.
+        width = None if sys.stdout.isatty() else max(160, int(os.environ.get("COLUMNS", "0")))
+        Console(width=width).print(result)
+    return 0
+
+
+def _unknown_key(error: UnknownOptionError) -> InputError:
+    """A key of the --config file that the verb does not know; cyclopts names the nearest only for the command line."""
+    key = (error.token.keyword or error.token.value).strip("[]")
+    names = [name.removeprefix("--") for argument in error.argument_collection for name in argument.names]
+    known = [name for name in names if name != "*" and not name.startswith(("empty-", "no-"))]
+    return InputError(f"{error.token.source}: unknown key {key!r}.{nearest(key.replace('_', '-'), known)}")
+
+
+def _tell(console: Console, error: ClusterMIMError) -> None:
+    console.print(f"[bold red]{'Stopped' if error.exit_code == 75 else 'Error'}:[/] ", end="")
+    console.print(str(error), markup=False, highlight=False)
+
+
+def main() -> None:
+    """Entry point of the `clustermim` command."""
+    sys.exit(run(sys.argv[1:]))
