@@ -1,1 +1,1 @@
-"""Pictures and pages: figures, picture sheets, self-contained HTML."""
+"""Pictures and pages: figures, picture sheets, self-contained HTML. Arrays and numbers in, PNG, SVG and HTML out."""
