@@ -1,0 +1,137 @@
+"""Where training runs: devices, processes and precision through Lightning Fabric, and requests to stop."""
+
+import contextlib
+import os
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from types import FrameType
+from typing import Any, Literal
+
+import torch
+from lightning_fabric import Fabric
+
+from clustermim.errors import InputError
+
+Device = Literal["auto", "cpu", "cuda", "mps"]
+Precision = Literal["auto", "32-true", "bf16-mixed"]
+
+
+def resolve_device(device: Device = "auto") -> str:
+    """`auto` is CUDA where there is one, else Apple's MPS, else the CPU.
+
+    Raises
+    ------
+    InputError
+        The device asked for is not there.
+    """
+    present = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+    if device == "auto":
+        return next(name for name in ("cuda", "mps", "cpu") if present[name])
+    if not present[device]:
+        there = ", ".join(name for name, here in present.items() if here)
+        raise InputError(f"--device {device}: PyTorch finds no such device on this machine. There is: {there}.")
+    return device
+
+
+def resolve_precision(precision: Precision, device: str) -> Literal["32-true", "bf16-mixed"]:
+    """`auto` is bf16-mixed on a CUDA device that computes in bfloat16, else 32-true."""
+    if precision == "auto":
+        return "bf16-mixed" if device == "cuda" and torch.cuda.is_bf16_supported() else "32-true"
+    return precision
+
+
+def make_fabric(device: Device = "auto", devices: int = 1, precision: Precision = "auto") -> Fabric:
+    """A Fabric that is ready to launch; under `torchrun` or SLURM it joins the processes that were started.
+
+    Parameters
+    ----------
+    device
+        Kind of device.
+    devices
+        How many of them in this machine; more than one trains data-parallel, a process each.
+    precision
+        `32-true`, `bf16-mixed` (weights and optimiser in 32 bits, matrix products in bfloat16), or `auto`.
+
+    Raises
+    ------
+    InputError
+        The device is not there, or there are fewer than `devices`.
+    """
+    kind = resolve_device(device)
+    started = os.environ.get("LOCAL_WORLD_SIZE")
+    nodes = 1
+    if started is not None:  # torchrun has started the processes and says how many
+        devices = int(started)
+        nodes = max(1, int(os.environ.get("WORLD_SIZE", started)) // devices)
+    if devices < 1:
+        raise InputError(f"--devices {devices}: at least one is needed.")
+    there = torch.cuda.device_count() if kind == "cuda" else 1 if kind == "mps" else None
+    if there is not None and devices > there:
+        raise InputError(f"--devices {devices}: this machine has {there} {kind} device(s).")
+    if kind == "cuda":
+        # TensorFloat-32 products: the precision that 32-true is expected to have on these devices, at several times
+        # the speed; losses and norms stay in full 32 bits.
+        torch.set_float32_matmul_precision("high")
+    return Fabric(
+        accelerator=kind,
+        devices=devices,
+        num_nodes=nodes,
+        strategy="ddp" if devices * nodes > 1 else "auto",
+        precision=resolve_precision(precision, kind),
+    )
+
+
+def agree(fabric: Fabric, wish: bool) -> bool:
+    """Whether any process wishes it; all of them must ask together. Costs nothing in a single process."""
+    if fabric.world_size == 1:
+        return wish
+    total: Any = fabric.all_reduce(torch.tensor(float(wish), device=fabric.device), reduce_op="sum")
+    return bool(total.item() > 0)
+
+
+class StopRequest:
+    """Whether training has been asked to stop, and by what; see `listen_for_stop`."""
+
+    def __init__(self, max_seconds: float | None = None) -> None:
+        self._deadline = None if max_seconds is None else time.monotonic() + max_seconds
+        self._signal: int | None = None
+        self.interrupted = False
+
+    @property
+    def reason(self) -> str | None:
+        """Words for the message, or None while nobody has asked."""
+        if self._signal is not None:
+            return f"by {signal.Signals(self._signal).name}"
+        if self._deadline is not None and time.monotonic() >= self._deadline:
+            return "at --max-minutes"
+        return None
+
+    def receive(self, number: int, frame: FrameType | None) -> None:
+        """Signal handler: remember the first request. A second Ctrl-C does not wait for the checkpoint."""
+        if number == signal.SIGINT and self.interrupted:
+            raise KeyboardInterrupt
+        self._signal = number
+        self.interrupted = number == signal.SIGINT
+
+
+@contextlib.contextmanager
+def listen_for_stop(max_minutes: float | None = None) -> Iterator[StopRequest]:
+    """Turn SIGTERM, SIGUSR1 (what SLURM sends before preemption), Ctrl-C and the time limit into a polite request.
+
+    The training loop looks at `reason` between steps, writes a checkpoint and ends. The handlers that stood before are
+    put back at the end. Outside the main thread Python allows no handlers, and only the time limit counts.
+    """
+    request = StopRequest(None if max_minutes is None else 60.0 * max_minutes)
+    before: dict[int, Any] = {}
+    if threading.current_thread() is threading.main_thread():
+        for name in ("SIGTERM", "SIGUSR1", "SIGINT"):
+            if hasattr(signal, name):
+                number = getattr(signal, name)
+                before[number] = signal.signal(number, request.receive)
+    try:
+        yield request
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
