@@ -119,7 +119,9 @@ def block_masks(
             return mask.flatten(1)
     border = torch.nn.functional.max_pool2d(mask[:, None].float(), 3, stride=1, padding=1)[:, 0].bool()
     keys = counter_hash(seed, Stream.BLOCK, epoch, index[:, None], -1 - torch.arange(total, device=index.device))
-    keys = ((keys >> 3) & ((1 << 60) - 1)) + (~border.flatten(1)).long() * (1 << 60) + mask.flatten(1).long() * (1 << 61)
+    keys = (
+        ((keys >> 3) & ((1 << 60) - 1)) + (~border.flatten(1)).long() * (1 << 60) + mask.flatten(1).long() * (1 << 61)
+    )
     return mask.flatten(1) | _lowest(keys, left)
 
 

@@ -19,10 +19,12 @@ class DataOptions:
     """How images are read, split and viewed; what is left out takes the source's own default."""
 
     image_size: Annotated[tuple[int, ...] | int | None, _LIST] = None
-    """Size of a view in pixels: one number, or height and width. Default: that of the images if they are all equal, else 224."""
+    """Size of a view in pixels: one number, or height and width. Default: that of the images if all are equal, else
+    224."""
 
     channels: int | None = None
-    """Channels of a view; 1 and 3 are converted into each other. Default: those of the images (3 where grey and colour mix)."""
+    """Channels of a view; 1 and 3 are converted into each other. Default: those of the images, 3 where grey and colour
+    mix."""
 
     flip: bool | None = None
     """Whether training views are mirrored at random. Default: yes, but no for digits."""
@@ -37,10 +39,12 @@ class DataOptions:
     """Standard deviation of each channel. Default: measured with the mean."""
 
     value_range: Annotated[tuple[float, float] | None, _PAIR] = None
-    """The pixel values that become 0 and 1; values beyond are clipped. Default: the full range of 8 or 16 bits, 0 to 1 for floats."""
+    """The pixel values that become 0 and 1; values beyond are clipped. Default: the full range of 8 or 16 bits, 0 to 1
+    for floats."""
 
     group: str | None = None
-    """What must stay whole when images are split (patient, slide, video): a column, an array of the .npz, 'folder' (the parent folder), or a regular expression with one group over the file's relative path."""
+    """What must stay whole when images are split (patient, slide, video): a column, an array of the .npz, 'folder' (the
+    parent folder), or a regular expression with one group over the file's relative path."""
 
     test_fraction: float = 0.2
     """Share of the images held out for testing where labelled data bring no test split."""
@@ -116,6 +120,10 @@ class DataOptions:
                 f"brackets, such as '(patient[0-9]+)'; this one has {pattern.groups}."
             )
         return pattern
+
+
+DEFAULTS = DataOptions()
+"""Every option left to the source."""
 
 
 def _join(values: Iterable[float]) -> str:

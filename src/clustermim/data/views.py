@@ -99,9 +99,7 @@ class Draw:
         return Draw(packed[0], packed[1], packed[2], packed[3], packed[4].bool())
 
 
-def draw(
-    seed: int, epoch: int, index: Int64[Tensor, " b"], sizes: Int64[Tensor, "b 2"], config: ViewConfig
-) -> Draw:
+def draw(seed: int, epoch: int, index: Int64[Tensor, " b"], sizes: Int64[Tensor, "b 2"], config: ViewConfig) -> Draw:
     """Draw a training crop and flip for each image: RandomResizedCrop, as a function of (seed, epoch, index).
 
     Ten boxes of random area and log-uniform aspect are proposed at once and the first that fits is taken; if none

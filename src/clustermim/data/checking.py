@@ -1,0 +1,181 @@
+"""Looking at images before work starts: which are broken, what shape they have, their mean and standard deviation."""
+
+import logging
+import os
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import TypeVar
+
+import numpy as np
+
+from clustermim.data.collection import Collection, reason_of
+from clustermim.data.counted import Stream
+from clustermim.data.options import DataOptions
+from clustermim.data.pixels import BadImage, OutOfRange, adapt_channels, convertible, out_of_range_error, to_unit
+from clustermim.data.splits import seeded_order
+from clustermim.data.views import to_float
+from clustermim.errors import InputError
+
+FULL_CHECK = 50_000
+"""Files of a folder or zip up to which every one is decoded when the source is opened."""
+PEEK_CHECK = 200_000
+"""Rows of a table up to which every header is looked at when the source is opened."""
+SAMPLE = 2_000
+"""Images measured for mean, standard deviation, size and channels."""
+MOST_BAD = 0.1
+"""Share of bad images above which a source is refused."""
+
+logger = logging.getLogger(__name__)
+T = TypeVar("T")
+
+
+@dataclass
+class Findings:
+    """What is known about each image of a collection."""
+
+    shapes: np.ndarray
+    """(n, 3) int32: C, H, W; 0 = not looked at."""
+    bad: dict[int, str]
+    """Row -> reason."""
+    moments: dict[int, tuple[np.ndarray, np.ndarray]]
+    """Row -> mean and mean square of each channel, of the image in [0, 1]."""
+
+
+def threads() -> int:
+    """Threads for decoding; Pillow lets go of the interpreter lock while it decodes."""
+    return min(16, os.cpu_count() or 1)
+
+
+def in_threads(work: Callable[[int], T], rows: Sequence[int] | np.ndarray) -> Iterable[T]:
+    """`work` of each row, in order, decoded in threads in blocks of 64."""
+    blocks = [rows[start : start + 64] for start in range(0, len(rows), 64)]
+    if len(blocks) <= 1:
+        yield from (work(int(row)) for row in rows)
+        return
+    with ThreadPoolExecutor(threads()) as pool:
+        # A bounded number of blocks waits, so that memory does not fill up with results.
+        ahead = 4 * threads()
+        waiting = [pool.submit(lambda block: [work(int(row)) for row in block], block) for block in blocks[:ahead]]
+        for place in range(len(blocks)):
+            result = waiting[place].result()
+            waiting[place] = None  # type: ignore[call-overload]
+            if place + ahead < len(blocks):
+                waiting.append(pool.submit(lambda block: [work(int(row)) for row in block], blocks[place + ahead]))
+            yield from result
+
+
+def examine(collection: Collection, options: DataOptions) -> Findings:
+    """Look at the images of a collection as thoroughly as it asks for, and drop none yet.
+
+    Raises
+    ------
+    InputError
+        When values lie outside [0, 1] and no value range is given.
+    """
+    store, count = collection.store, len(collection.store)
+    findings = Findings(np.zeros((count, 3), dtype=np.int32), {}, {})
+    if collection.check == "decode" and count <= FULL_CHECK:
+        logger.info("decoding %d images of %s once, to find broken ones", count, collection.name)
+        measure(collection, options, np.arange(count), findings)
+        return findings
+    if collection.check == "peek" and count <= PEEK_CHECK:
+        rows = np.arange(count)
+    else:
+        rows = np.sort(seeded_order(0, Stream.SAMPLE, count)[:SAMPLE])
+
+    def look(row: int) -> tuple[int, int, int] | BadImage:
+        try:
+            return store.peek(row)
+        except BadImage as problem:
+            return problem
+
+    for row, shape in zip(rows, in_threads(look, rows), strict=True):
+        if isinstance(shape, BadImage):
+            findings.bad[int(row)] = str(shape)
+        else:
+            findings.shapes[row] = shape
+    return findings
+
+
+def measure(collection: Collection, options: DataOptions, rows: np.ndarray, findings: Findings) -> None:
+    """Decode `rows` and note their shape and moments, or why they are bad.
+
+    Raises
+    ------
+    InputError
+        When values lie outside [0, 1] and no value range is given.
+    """
+    store = collection.store
+    wanted = options.channels
+
+    def look(row: int) -> tuple[tuple[int, int, int], np.ndarray, np.ndarray] | BadImage:
+        try:
+            image = to_unit(store.read(row), options.value_range)
+        except BadImage as problem:
+            return problem
+        except Exception as problem:  # a user's Dataset may raise anything
+            return BadImage(f"{type(problem).__name__}: {reason_of(problem)}")
+        channels, height, width = image.shape
+        if wanted is not None and convertible(channels, wanted):
+            image = adapt_channels(image, wanted)
+        pixels = to_float(image).flatten(1).double()
+        return (channels, height, width), pixels.mean(1).numpy(), pixels.square().mean(1).numpy()
+
+    outside: list[OutOfRange] = []
+    for row, found in zip(rows, in_threads(look, rows), strict=True):
+        if isinstance(found, OutOfRange):
+            outside.append(found)
+        elif isinstance(found, BadImage):
+            findings.bad[int(row)] = str(found)
+        else:
+            findings.shapes[row], findings.moments[int(row)] = found[0], (found[1], found[2])
+    if outside:
+        low, high = min(problem.low for problem in outside), max(problem.high for problem in outside)
+        raise out_of_range_error(collection.name, low, high, outside[0].kind)
+
+
+def choose_channels(collection: Collection, options: DataOptions, findings: Findings) -> int:
+    """The channels of a source: as asked for, else the commonest; 3 where grey and colour mix.
+
+    Images that cannot be brought to it are noted as bad.
+
+    Raises
+    ------
+    InputError
+        When the images cannot have the channels asked for.
+    """
+    known = findings.shapes[:, 0] > 0
+    values, counts = np.unique(findings.shapes[known, 0], return_counts=True)
+    if not len(values):
+        return options.channels or 1
+    commonest = int(values[counts.argmax()])
+    if options.channels is not None:
+        if not convertible(commonest, options.channels):
+            raise InputError(
+                f"{collection.name} holds images of {commonest} channel(s), which cannot become {options.channels}: "
+                f"only 1 and 3 are converted into each other. Leave out --channels."
+            )
+        channels = options.channels
+    else:
+        channels = 3 if commonest in (1, 3) and {1, 3} <= set(values.tolist()) else commonest
+    for row in np.flatnonzero(known):
+        if not convertible(int(findings.shapes[row, 0]), channels):
+            findings.bad[int(row)] = f"{findings.shapes[row, 0]} channels where the others have {channels}"
+    return channels
+
+
+def bad_images_error(collection: Collection, bad: Sequence[tuple[str, str]], total: int) -> InputError:
+    """The message that refuses a source for its bad images."""
+    share = len(bad) / max(total, 1)
+    remedy = "or leave it to --on-bad-image skip" if share <= MOST_BAD else "or point --data at the right files"
+    return InputError(
+        f"{len(bad)} of {total} files of {collection.name} are no usable images: {name_some(bad)}. "
+        f"Repair or remove them, {remedy}."
+    )
+
+
+def name_some(bad: Sequence[tuple[str, str]], most: int = 5) -> str:
+    """The first few bad files with their reasons."""
+    listed = "; ".join(f"{name} ({reason})" for name, reason in bad[:most])
+    return listed + (f"; and {len(bad) - most} more" if len(bad) > most else "")

@@ -1,0 +1,327 @@
+"""From a source to batches: by worker processes, or with all images resident in the device's memory.
+
+Both give the same images in the same order with the same crops, because order and crops are counted, not streamed.
+"""
+
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int64, Shaped
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from clustermim.data.checking import in_threads
+from clustermim.data.counted import permutation
+from clustermim.data.pixels import adapt_channels, convertible
+from clustermim.data.sources import ImageSource
+from clustermim.data.views import ViewConfig, draw, eval_view, eval_views, to_float, train_view, train_views
+from clustermim.errors import ClusterMIMError, InputError, ResourceError
+
+_RESIDENT_SHARE = 0.25  # of free memory that images may take before workers are used instead
+
+
+@dataclass(frozen=True)
+class Batch:
+    """B views and where they come from, on one device."""
+
+    images: Float[Tensor, "b c h w"]
+    """Views in [0, 1]."""
+    index: Int64[Tensor, " b"]
+    """Index of each image in its source."""
+    labels: Int64[Tensor, " b"] | None
+    """Label of each image, or None."""
+
+
+class Loader:
+    """Batches of one source; use `make_loader`."""
+
+    def __init__(
+        self,
+        source: ImageSource,
+        view: ViewConfig,
+        batch_size: int,
+        train: bool,
+        seed: int,
+        device: torch.device,
+        rank: int,
+        world_size: int,
+    ) -> None:
+        self.source, self.view, self.batch_size, self.train, self.seed = source, view, batch_size, train, seed
+        self.device, self.rank, self.world_size = device, rank, world_size
+        self._labels = None if source.labels is None else torch.as_tensor(source.labels, dtype=torch.int64)
+
+    @property
+    def num_images(self) -> int:
+        """Images in the whole source, over all ranks."""
+        return len(self.source)
+
+    def _eval_range(self) -> range:
+        """The contiguous block of images that this rank sees when not training."""
+        total = len(self.source)
+        return range(total * self.rank // self.world_size, total * (self.rank + 1) // self.world_size)
+
+    def __len__(self) -> int:
+        """Batches of an epoch on this rank."""
+        if self.train:
+            return len(self.source) // (self.batch_size * self.world_size)
+        return -(-len(self._eval_range()) // self.batch_size)
+
+    def batches(self, epoch: int = 0, start: int = 0) -> Iterator[Int64[Tensor, " b"]]:
+        """The indices of each batch of an epoch, from batch `start` on."""
+        if self.train:
+            order = permutation(self.seed, epoch, len(self.source))
+            whole = self.batch_size * self.world_size
+            for number in range(start, len(self)):
+                first = number * whole + self.rank * self.batch_size
+                yield order[first : first + self.batch_size]
+        else:
+            mine = self._eval_range()
+            for first in range(mine.start + start * self.batch_size, mine.stop, self.batch_size):
+                yield torch.arange(first, min(first + self.batch_size, mine.stop))
+
+    def epoch(self, epoch: int = 0, start: int = 0) -> Iterator[Batch]:
+        """The batches of an epoch.
+
+        Parameters
+        ----------
+        epoch
+            Decides the order, the crops and the flips when training.
+        start
+            Batches to leave out, without decoding them.
+        """
+        raise NotImplementedError
+
+    def __iter__(self) -> Iterator[Batch]:
+        """Epoch 0."""
+        return self.epoch()
+
+
+class ResidentLoader(Loader):
+    """All images in the device's memory, as uint8 where they are; views are cut there, a batch at a time."""
+
+    def __init__(
+        self,
+        source: ImageSource,
+        view: ViewConfig,
+        batch_size: int,
+        train: bool,
+        seed: int,
+        device: torch.device,
+        rank: int,
+        world_size: int,
+        images: Shaped[Tensor, "n c h w"],
+    ) -> None:
+        super().__init__(source, view, batch_size, train, seed, device, rank, world_size)
+        self.images = images
+        self._labels = None if self._labels is None else self._labels.to(device)
+
+    def epoch(self, epoch: int = 0, start: int = 0) -> Iterator[Batch]:
+        """See `Loader.epoch`."""
+        for index in self.batches(epoch, start):
+            here = index.to(self.device)
+            pixels = adapt_channels(self.images.index_select(0, here), self.view.channels)
+            if self.train:
+                sizes = torch.tensor(pixels.shape[-2:]).expand(len(index), 2)
+                views = train_views(pixels, draw(self.seed, epoch, index, sizes, self.view), self.view)
+            else:
+                views = eval_views(pixels, self.view)
+            yield Batch(views, here, None if self._labels is None else self._labels[here])
+
+
+class WorkerLoader(Loader):
+    """Images decoded and views cut by worker processes, for sources too large or too uneven for memory."""
+
+    def __init__(
+        self,
+        source: ImageSource,
+        view: ViewConfig,
+        batch_size: int,
+        train: bool,
+        seed: int,
+        device: torch.device,
+        rank: int,
+        world_size: int,
+        workers: int,
+    ) -> None:
+        super().__init__(source, view, batch_size, train, seed, device, rank, world_size)
+        self.workers = workers
+
+    def epoch(self, epoch: int = 0, start: int = 0) -> Iterator[Batch]:
+        """See `Loader.epoch`.
+
+        Raises
+        ------
+        ResourceError
+            When a worker process dies.
+        """
+        batches = [[(epoch, int(index)) for index in batch] for batch in self.batches(epoch, start)]
+        loader: DataLoader[Any] = DataLoader(
+            _Views(self.source, self.view, self.train, self.seed),
+            batch_sampler=batches,
+            num_workers=self.workers,
+            collate_fn=_collate,
+            pin_memory=self.device.type == "cuda",
+        )
+        try:
+            for item in loader:
+                if isinstance(item, ClusterMIMError):
+                    raise item
+                views, index = item
+                labels = None if self._labels is None else self._labels[index]
+                yield Batch(
+                    views.to(self.device, non_blocking=True),
+                    index.to(self.device, non_blocking=True),
+                    None if labels is None else labels.to(self.device),
+                )
+        except RuntimeError as problem:
+            if isinstance(problem, ClusterMIMError) or "DataLoader worker" not in str(problem):
+                raise
+            raise ResourceError(
+                f"A process that reads images died ({str(problem).splitlines()[0]}). Most often memory or shared "
+                f"memory (/dev/shm) ran out: use fewer --workers, or --workers 0 to read in the main process."
+            ) from None
+
+
+class _Views(Dataset[Any]):
+    """One view for each (epoch, index); runs in the workers."""
+
+    def __init__(self, source: ImageSource, view: ViewConfig, train: bool, seed: int) -> None:
+        self.source, self.view, self.train, self.seed = source, view, train, seed
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def __getitem__(self, key: tuple[int, int]) -> tuple[Tensor, int] | ClusterMIMError:
+        epoch, index = key
+        try:
+            image = adapt_channels(self.source[index][0], self.view.channels)
+        except ClusterMIMError as problem:
+            return problem  # raised through the worker it would arrive as a traceback
+        if not self.train:
+            return eval_view(image, self.view), index
+        sizes = torch.tensor([[image.shape[-2], image.shape[-1]]])
+        return train_view(image, draw(self.seed, epoch, torch.tensor([index]), sizes, self.view), self.view), index
+
+
+def _collate(items: list[tuple[Tensor, int] | ClusterMIMError]) -> tuple[Tensor, Tensor] | ClusterMIMError:
+    views, index = [], []
+    for item in items:
+        if isinstance(item, ClusterMIMError):
+            return item
+        views.append(item[0])
+        index.append(item[1])
+    return torch.stack(views), torch.tensor(index)
+
+
+def make_loader(
+    source: ImageSource,
+    view: ViewConfig | None = None,
+    *,
+    batch_size: int,
+    train: bool,
+    seed: int = 0,
+    device: str | torch.device = "cpu",
+    workers: int | None = None,
+    resident: bool | None = None,
+    rank: int = 0,
+    world_size: int = 1,
+) -> Loader:
+    """Batches of views of a source.
+
+    Parameters
+    ----------
+    source
+        Images.
+    view
+        What a view looks like; None takes the source's own.
+    batch_size
+        Images in a batch of one rank.
+    train
+        True: random order, random crops, only whole batches. False: every image once, in order, the eval view.
+    seed
+        Seed of order, crops and flips.
+    device
+        Where the batches are wanted.
+    workers
+        Processes that read images; 0 reads in this one. None: one a core, at most 8, and only where images are not
+        resident.
+    resident
+        Keep all images in the device's memory. None: if they are all of one size and take less than a quarter of
+        what is free, unless `workers` is given.
+    rank, world_size
+        Which part of each global batch, or of the source, this process sees.
+
+    Raises
+    ------
+    InputError
+        When a global batch takes more images than there are, the channels cannot be converted, or `resident` is asked
+        for and images differ in size.
+    """
+    view, device = view or source.view, torch.device(device)
+    if batch_size < 1:
+        raise InputError(f"--batch-size must be at least 1, not {batch_size}.")
+    if workers is not None and workers < 0:
+        raise InputError(f"--workers must be at least 0, not {workers}.")
+    if train and len(source) < batch_size * world_size:
+        fits = len(source) // world_size
+        remedy = f"use a --batch-size of at most {fits}" if fits else f"use at most {len(source)} devices"
+        over = f" on each of {world_size} devices" if world_size > 1 else ""
+        raise InputError(
+            f"{source.name} ({source.split}) has {len(source)} images, too few for a batch of {batch_size}"
+            f"{over}: {remedy}."
+        )
+    if not convertible(source.channels, view.channels):
+        raise InputError(
+            f"{source.name} has images of {source.channels} channel(s), which cannot become the "
+            f"{view.channels} that are needed here: only 1 and 3 are converted into each other."
+        )
+    common = (source, view, batch_size, train, seed, device, rank, world_size)
+    if resident or (resident is None and workers is None and source.common_size is not None):
+        images = _residents(source, device, must=bool(resident))
+        if images is not None:
+            return ResidentLoader(*common, images)
+    return WorkerLoader(*common, min(8, os.cpu_count() or 1) if workers is None else workers)
+
+
+def _residents(source: ImageSource, device: torch.device, must: bool) -> Shaped[Tensor, "n c h w"] | None:
+    """All images of a source on a device, kept with the source for its next loader; None when they do not fit."""
+    kept: dict[str, Tensor] = source.__dict__.setdefault("_resident", {})
+    if str(device) in kept:
+        return kept[str(device)]
+    first = source[0][0]
+    if not must and first.numel() * first.element_size() * len(source) > _RESIDENT_SHARE * free_memory(device):
+        return None
+    images = torch.empty((len(source), *first.shape), dtype=first.dtype)
+    for place, image in enumerate(in_threads(lambda index: source[index][0], range(len(source)))):
+        if image.shape != first.shape:
+            if not must:
+                return None
+            raise InputError(
+                f"{source.name} cannot be kept in memory as one block: image {place} is {image.shape[-2]}x"
+                f"{image.shape[-1]} pixels, image 0 is {first.shape[-2]}x{first.shape[-1]}. Let workers read them."
+            )
+        if image.dtype != images.dtype:
+            images = to_float(images)  # 8 and 16 bits mixed
+        images[place] = to_float(image) if images.dtype == torch.float32 else image
+    kept[str(device)] = images.to(device)
+    return kept[str(device)]
+
+
+def free_memory(device: torch.device) -> int:
+    """Free bytes of a device, or of this machine within its container's limit."""
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0])
+    free = 4 << 30  # where the system does not say
+    if Path("/proc/meminfo").exists():
+        fields = dict(line.split(":", 1) for line in Path("/proc/meminfo").read_text().splitlines())
+        free = int(fields["MemAvailable"].split()[0]) * 1024
+    elif "SC_PHYS_PAGES" in getattr(os, "sysconf_names", {}):
+        free = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
+    limit, used = Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory.current")
+    if limit.exists() and used.exists() and limit.read_text().strip().isdigit():
+        free = min(free, int(limit.read_text()) - int(used.read_text()))
+    return free
