@@ -29,7 +29,26 @@ _API = {
     "demo": "clustermim.verbs.run_demo",
 }
 
-__all__ = ["__version__", *_API]  # noqa: PLE0604 - names resolved by __getattr__
+__all__ = [
+    "DataOptions",
+    "MaskedImageModel",
+    "TokenScore",
+    "Tokenizer",
+    "__version__",
+    "demo",
+    "fit_tokenizer",
+    "load_tokenizer",
+    "make_features",
+    "make_loader",
+    "open_encoder",
+    "open_source",
+    "pretrain",
+    "probe",
+    "score_tokens",
+    "show_tokenizer",
+    "tcas",
+    "tokenize",
+]
 
 if TYPE_CHECKING:
     from clustermim.data.loaders import make_loader

@@ -1,7 +1,7 @@
 """A run directory: what a verb makes, written so that a kill at any moment loses nothing.
 
-Files appear whole or not at all (temporary file, fsync, rename). `config.yaml` repeats the run, `manifest.json` says what
-made it, `metrics.jsonl` grows by a row a log step, and a lease lock keeps two processes out of one directory.
+Files appear whole or not at all (temporary file, fsync, rename). `config.yaml` repeats the run, `manifest.json` says
+what made it, `metrics.jsonl` grows by a row a log step, and a lease lock keeps two processes out of one directory.
 """
 
 import contextlib

@@ -220,7 +220,9 @@ def test_a_tokenizer_of_another_patch_side(fails: Invoke, tmp_path: Path, tokeni
 
 
 def test_a_tokenizer_of_other_channels(fails: Invoke, tmp_path: Path, tokenizer: Path) -> None:
-    message = fails("pretrain", "--data", "digits", "--channels", 3, "--tokenizer", tokenizer, "--out", tmp_path / "run")
+    message = fails(
+        "pretrain", "--data", "digits", "--channels", 3, "--tokenizer", tokenizer, "--out", tmp_path / "run"
+    )
     assert "channel" in message and "1" in message and "3" in message
     assert not (tmp_path / "run").exists()
 
