@@ -4,6 +4,7 @@ Each preset is a stock timm model name plus keyword arguments, so that timm alon
 """
 
 import functools
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -122,6 +123,22 @@ def decoder_defaults(model: str) -> dict[str, int]:
     return {"dim": preset.decoder_dim, "depth": preset.decoder_depth, "heads": preset.decoder_heads}
 
 
+def default_patch_size(image_size: tuple[int, int]) -> int:
+    """The patch side for images of (height, width) when nobody says: about an eighth of the short side, 2 to 16 pixels.
+
+    Of the sides that divide the image, the one nearest to it: 2 for digits (8 × 8), 4 for 32 × 32, 16 from 128 on.
+    """
+    height, width = image_size
+    wish = min(16, max(2, min(height, width) // 8))
+    fitting = [p for p in range(1, min(height, width) + 1) if height % p == 0 and width % p == 0]
+    return min(fitting, key=lambda p: (abs(p - wish), p))
+
+
+def closest(name: str, choices: Iterable[str]) -> str:
+    """The hint alone, " Did you mean 'x'?", for choices too many to print; empty if nothing is near."""
+    return nearest(name, choices).split(" Known:")[0]
+
+
 def sincos_positions(grid: tuple[int, int], dim: int, cls: bool = True) -> Float[Tensor, "1 tokens {dim}"]:
     """Fixed two-dimensional sine-cosine positions, patches in row-major order.
 
@@ -163,10 +180,9 @@ def sincos_positions(grid: tuple[int, int], dim: int, cls: bool = True) -> Float
 def _check_stock(model: str) -> int:
     """The width of a timm model that masked pretraining can use; InputError when there is none of that name."""
     if not timm.is_model(model):
-        hint = nearest(model, known_models()).split(" Known:")[0]
         raise InputError(
-            f"There is no model called {model!r}.{hint} Known: {', '.join(PRESETS)}, and any plain vision transformer "
-            f"that timm.list_models('vit_*') names."
+            f"There is no model called {model!r}.{closest(model, known_models())} Known: {', '.join(PRESETS)}, and any "
+            f"plain vision transformer that timm.list_models('vit_*') names."
         )
     try:
         with torch.device("meta"):
@@ -185,7 +201,8 @@ def _check_stock(model: str) -> int:
             f"The timm model {model!r} {problem}, so it cannot be pretrained by masking here. "
             f"Use a preset ({', '.join(PRESETS)}) or a plain ViT such as 'vit_small_patch16_224'."
         )
-    return int(built.embed_dim)
+    width: Any = built.embed_dim
+    return int(width)
 
 
 @functools.cache
