@@ -1,0 +1,226 @@
+"""Counting which tokens occur in which classes, image by image, as a stream.
+
+Without a bootstrap only the table R[fold, class, token] is kept: dense on the device of the ids while it is small,
+else as sparse sorted keys, so that a vocabulary of millions (one token per patch) costs no more than the tokens in
+use. With a bootstrap the sparse counts of each image are kept instead, since images will be re-weighted.
+Both become the same thing in the end, a `RowCounts`: rows of token counts, each row of one fold and one class.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from jaxtyping import Int, Int64
+from scipy import sparse
+from torch import Tensor
+
+from clustermim.errors import InputError
+from clustermim.scoring.folds import ImagePlan
+
+# 2^24 int64 cells are 128 MiB; above it the table is kept sparse.
+DENSE_CELLS = 1 << 24
+# Pending sparse keys are merged into the table when they outnumber it, and at least this many.
+MERGE_AT = 1 << 22
+
+
+@dataclass(frozen=True, kw_only=True)
+class RowCounts:
+    """Token counts in rows, each row belonging to one fold, one class and one resampling unit.
+
+    A row is one image when images may be re-weighted, else one (fold, class) cell of the count table.
+    """
+
+    matrix: sparse.csr_matrix
+    """(rows, used tokens) counts, float64."""
+    tokens: Int64[np.ndarray, " used"]
+    """Token id of each column, ascending; only tokens that occur."""
+    row_class: Int64[np.ndarray, " rows"]
+    row_fold: Int64[np.ndarray, " rows"]
+    num_classes: int
+    num_folds: int
+    """0 when there is no cross-fitting."""
+
+    def by_cell(self) -> "RowCounts":
+        """The same counts summed to one row per (fold, class)."""
+        cells = self.row_fold * self.num_classes + self.row_class
+        total = max(1, self.num_folds) * self.num_classes
+        gather = sparse.csr_matrix((np.ones(len(cells)), (cells, np.arange(len(cells)))), shape=(total, len(cells)))
+        return RowCounts(
+            matrix=(gather @ self.matrix).tocsr(),
+            tokens=self.tokens,
+            row_class=np.arange(total) % self.num_classes,
+            row_fold=np.arange(total) // self.num_classes,
+            num_classes=self.num_classes,
+            num_folds=self.num_folds,
+        )
+
+
+class TokenCounts:
+    """Streaming counts of the tokens of one tokenizer.
+
+    Parameters
+    ----------
+    plan
+        Class and fold of every image, from `plan_images`.
+    vocab_size
+        K: token ids lie in [0, K).
+    per_image
+        Keep the sparse counts of each image, which the bootstrap needs. Memory: 12 bytes for each distinct token of
+        each image, instead of 8 bytes for each (fold, class, token).
+    """
+
+    def __init__(self, plan: ImagePlan, vocab_size: int, *, per_image: bool = False) -> None:
+        if vocab_size < 1:
+            raise InputError(f"vocab_size must be at least 1; got {vocab_size}.")
+        self.plan = plan
+        self.vocab_size = vocab_size
+        self.per_image = per_image
+        self._rows = max(1, plan.num_folds) * plan.num_classes
+        self._cells = torch.from_numpy(plan.cells)
+        self._labels = torch.from_numpy(plan.classes[plan.labels])
+        self._seen = torch.zeros(plan.num_images, dtype=torch.bool)
+        self._dense: Tensor | None = None
+        self._keys = np.empty(0, dtype=np.int64)
+        self._values = np.empty(0, dtype=np.int64)
+        self._pending: list[tuple[np.ndarray, np.ndarray]] = []
+        self._pending_size = 0
+
+    @property
+    def images(self) -> int:
+        """Number of images counted so far."""
+        return int(self._seen.sum())
+
+    def update(
+        self,
+        ids: Int[Tensor, "batch patches"],
+        labels: Int[Tensor, " batch"] | None,
+        index: Int[Tensor, " batch"],
+    ) -> None:
+        """Count one batch.
+
+        Parameters
+        ----------
+        ids
+            Token of each patch, in [0, K), on any device.
+        labels
+            Class of each image, checked against the plan; None to take the plan's.
+        index
+            Position of each image in the plan.
+
+        Raises
+        ------
+        InputError
+            Ids outside [0, K), an image counted twice or unknown to the plan, labels that differ from the plan's.
+        """
+        where = index.detach().cpu().to(torch.int64)
+        if ids.shape[0] != where.shape[0]:
+            raise InputError(f"ids has {ids.shape[0]} rows but index has {where.shape[0]}: one row of ids per image.")
+        if ids.numel() == 0:
+            return
+        lowest, highest = (int(v) for v in torch.aminmax(ids))
+        if lowest < 0 or highest >= self.vocab_size:
+            raise InputError(
+                f"ids holds token {lowest if lowest < 0 else highest}, outside [0, {self.vocab_size}): the vocabulary "
+                f"has {self.vocab_size} tokens. Were these ids made by another tokenizer?"
+            )
+        if int(where.min()) < 0 or int(where.max()) >= self.plan.num_images:
+            raise InputError(
+                f"index holds image {int(where.min()) if int(where.min()) < 0 else int(where.max())}, but there are "
+                f"{self.plan.num_images} labelled images."
+            )
+        if bool(self._seen[where].any()) or len(np.unique(where.numpy())) < where.numel():
+            raise InputError("An image was counted twice: each image may appear in the stream once.")
+        if labels is not None and not torch.equal(labels.detach().cpu().to(torch.int64), self._labels[where]):
+            raise InputError("The labels of a batch differ from the labels that the folds were made from.")
+        self._seen[where] = True
+        if self.per_image:
+            self._add_images(ids, where)
+        else:
+            self._add_cells(ids, where)
+
+    def _add_cells(self, ids: Tensor, where: Tensor) -> None:
+        keys = (self._cells[where].to(ids.device)[:, None] * self.vocab_size + ids).flatten()
+        if self._rows * self.vocab_size <= DENSE_CELLS:
+            if self._dense is None:
+                self._dense = torch.zeros(self._rows * self.vocab_size, dtype=torch.int64, device=ids.device)
+            self._dense.scatter_add_(0, keys, torch.ones_like(keys))
+        else:
+            self._push(*np.unique(keys.cpu().numpy(), return_counts=True))
+
+    def _add_images(self, ids: Tensor, where: Tensor) -> None:
+        rows = torch.arange(len(where), device=ids.device)[:, None]
+        keys, counts = torch.unique_consecutive(
+            (rows * self.vocab_size + torch.sort(ids, dim=1).values).flatten(), return_counts=True
+        )
+        local = torch.div(keys, self.vocab_size, rounding_mode="floor").cpu()
+        # Keys of whole data sets fit int64 as long as images × K < 9·10^18.
+        self._push(
+            where[local].numpy() * self.vocab_size + (keys.cpu() % self.vocab_size).numpy(), counts.cpu().numpy()
+        )
+
+    def _push(self, keys: np.ndarray, counts: np.ndarray) -> None:
+        self._pending.append((keys, counts.astype(np.int32 if self.per_image else np.int64)))
+        self._pending_size += len(keys)
+        # Images never repeat, so their keys never meet and need no merging on the way.
+        if not self.per_image and self._pending_size > max(MERGE_AT, len(self._keys)):
+            self._merge()
+
+    def _merge(self) -> None:
+        if not self._pending:
+            return
+        keys = np.concatenate([self._keys, *(k for k, _ in self._pending)])
+        values = np.concatenate([self._values, *(v for _, v in self._pending)])
+        self._pending, self._pending_size = [], 0
+        if self.per_image:
+            self._keys, self._values = keys, values
+            return
+        self._keys, inverse = np.unique(keys, return_inverse=True)
+        self._values = np.bincount(inverse, weights=values, minlength=len(self._keys)).astype(np.int64)
+
+    def rows(self) -> RowCounts:
+        """The counts so far, ready to be scored.
+
+        Raises
+        ------
+        InputError
+            Some image of the plan has not been counted.
+        """
+        missing = self.plan.num_images - self.images
+        if missing:
+            raise InputError(
+                f"{missing} of {self.plan.num_images} labelled images have no tokens: ids and labels differ in length."
+            )
+        if self._dense is not None:
+            flat = self._dense.cpu().numpy()
+            keys = np.flatnonzero(flat)
+            values = flat[keys]
+        else:
+            self._merge()
+            keys, values = self._keys, self._values
+        row, token = np.divmod(keys, self.vocab_size)
+        tokens, column = _compact(token, self.vocab_size)
+        rows = self.plan.num_images if self.per_image else self._rows
+        matrix = sparse.csr_matrix((values.astype(np.float64), (row, column)), shape=(rows, len(tokens)))
+        if self.per_image:
+            row_class, row_fold = self.plan.labels, self.plan.folds
+        else:
+            row_fold, row_class = np.divmod(np.arange(rows), self.plan.num_classes)
+        return RowCounts(
+            matrix=matrix,
+            tokens=tokens.astype(np.int64),
+            row_class=row_class,
+            row_fold=row_fold,
+            num_classes=self.plan.num_classes,
+            num_folds=self.plan.num_folds,
+        )
+
+
+def _compact(token: np.ndarray, vocab_size: int) -> tuple[np.ndarray, np.ndarray]:
+    """The distinct tokens, ascending, and the position of each entry among them."""
+    if vocab_size > 4 * len(token) + 1024:
+        tokens, column = np.unique(token, return_inverse=True)
+        return tokens, column
+    tokens = np.flatnonzero(np.bincount(token, minlength=vocab_size))
+    place = np.empty(vocab_size, dtype=np.int64)
+    place[tokens] = np.arange(len(tokens))
+    return tokens, place[token]
