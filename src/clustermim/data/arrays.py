@@ -33,12 +33,8 @@ class ArrayStore:
         """Raw pixels (C, H, W)."""
         return np.ascontiguousarray(self.images[row].transpose(2, 0, 1))
 
-    def peek(self, row: int) -> tuple[int, int, int]:
-        """(C, H, W), without a look at the pixels unless they could be NaN."""
-        if self.images.dtype.kind == "f" and not np.isfinite(self.images[row]).all():
-            raise BadImage("NaN or infinite pixels")
-        _, height, width, channels = self.images.shape
-        return channels, height, width
+    def glance(self, row: int) -> None:
+        """Nothing to be seen without reading."""
 
     def label_of(self, row: int) -> str:
         """The row."""
@@ -80,7 +76,7 @@ def from_array(images: Any, labels: Any = None, *, name: str = "array", channels
         if array.ndim == 4 and array.shape[1] in (1, 3) and array.shape[3] > 4 and array.shape[3] != channels:
             raise InputError(
                 f"{name} has shape {array.shape}, which looks like (n, C, H, W): arrays are (n, H, W) or "
-                f"(n, H, W, C). Transpose it with x.transpose(0, 2, 3, 1), or pass a torch tensor, which is (n, C, H, W)."
+                f"(n, H, W, C). Transpose it with x.transpose(0, 2, 3, 1); tensors are (n, C, H, W) as they come."
             )
     if array.ndim not in (3, 4):
         raise InputError(f"{name} has shape {array.shape}: images are (n, H, W) or (n, H, W, C).")
@@ -92,7 +88,9 @@ def from_array(images: Any, labels: Any = None, *, name: str = "array", channels
         raise InputError(f"{name} holds {array.dtype} values: pixels are uint8, uint16 or float.")
     array = array[..., None] if array.ndim == 3 else array
     cleaned = (None, None) if labels is None else clean_labels(_to_numpy(labels), len(array), f"The labels of {name}")
-    return Collection(name, ArrayStore(array, name), *cleaned, check="peek" if array.dtype.kind == "f" else "none")
+    return Collection(
+        name, ArrayStore(array, name), *cleaned, check="sample" if array.dtype in (np.uint8, np.uint16) else "decode"
+    )
 
 
 def from_npz(path: Path, channels: int | None) -> Collection:
@@ -158,10 +156,8 @@ class DatasetStore:
             raise BadImage(f"{type(image).__name__} of shape {array.shape} and type {array.dtype} is no image")
         return array.astype(np.uint8) * 255 if array.dtype == np.bool_ else array
 
-    def peek(self, row: int) -> tuple[int, int, int]:
-        """(C, H, W), by reading the image."""
-        channels, height, width = self.read(row).shape
-        return channels, height, width
+    def glance(self, row: int) -> None:
+        """Nothing to be seen without reading."""
 
     def label_of(self, row: int) -> str:
         """The row."""
@@ -210,7 +206,7 @@ def from_dataset(dataset: "Dataset[Any]") -> Collection:
     labels = classes = None
     if values is not None:
         labels, classes = clean_labels(_to_numpy(values), count, f"The labels of {name}", names)
-    return Collection(name, DatasetStore(dataset), labels, classes, check="peek")
+    return Collection(name, DatasetStore(dataset), labels, classes)
 
 
 def _to_numpy(values: Any) -> np.ndarray:

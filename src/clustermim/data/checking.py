@@ -19,8 +19,8 @@ from clustermim.errors import InputError
 
 FULL_CHECK = 50_000
 """Files of a folder or zip up to which every one is decoded when the source is opened."""
-PEEK_CHECK = 200_000
-"""Rows of a table up to which every header is looked at when the source is opened."""
+GLANCE_CHECK = 1_000_000
+"""Rows of a table up to which the first and last bytes of every image are looked at when the source is opened."""
 SAMPLE = 2_000
 """Images measured for mean, standard deviation, size and channels."""
 MOST_BAD = 0.1
@@ -79,22 +79,15 @@ def examine(collection: Collection, options: DataOptions) -> Findings:
         logger.info("decoding %d images of %s once, to find broken ones", count, collection.name)
         measure(collection, options, np.arange(count), findings)
         return findings
-    if collection.check == "peek" and count <= PEEK_CHECK:
-        rows = np.arange(count)
-    else:
-        rows = np.sort(seeded_order(0, Stream.SAMPLE, count)[:SAMPLE])
-
-    def look(row: int) -> tuple[int, int, int] | BadImage:
-        try:
-            return store.peek(row)
-        except BadImage as problem:
-            return problem
-
-    for row, shape in zip(rows, in_threads(look, rows), strict=True):
-        if isinstance(shape, BadImage):
-            findings.bad[int(row)] = str(shape)
-        else:
-            findings.shapes[row] = shape
+    order = seeded_order(0, Stream.SAMPLE, count)
+    measure(collection, options, np.sort(order[:SAMPLE]), findings)
+    if collection.check == "glance" and count <= GLANCE_CHECK:
+        # Not in threads: the work is too small to share.
+        for row in np.sort(order[SAMPLE:]):
+            try:
+                store.glance(int(row))
+            except BadImage as problem:
+                findings.bad[int(row)] = str(problem)
     return findings
 
 

@@ -22,8 +22,8 @@ class Store(Protocol):
         """Raw pixels (C, H, W) of one image; `BadImage` when it cannot be read."""
         ...
 
-    def peek(self, row: int) -> tuple[int, int, int]:
-        """(C, H, W) of one image, as cheaply as the store can; `BadImage` when it is visibly broken."""
+    def glance(self, row: int) -> None:
+        """`BadImage` when an image is visibly broken, found without decoding it."""
         ...
 
     def label_of(self, row: int) -> str:
@@ -53,8 +53,9 @@ class Collection:
     """Values of a grouping field, one for each image; InputError when there is no such field."""
     skipped: list[tuple[str, str]] = field(default_factory=list)
     """Files left out already when listing, with the reason."""
-    check: Literal["none", "peek", "decode"] = "none"
-    """How thoroughly images are checked when the source is opened."""
+    check: Literal["sample", "glance", "decode"] = "sample"
+    """What is looked at when the source is opened: a sample decoded, besides it every image glanced at, or every image
+    decoded."""
     flip: bool = True
     """Default of --flip."""
     crop_scale: tuple[float, float] = (0.2, 1.0)

@@ -15,7 +15,8 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from clustermim.data.pixels import BadImage
 
 IMAGE_SUFFIXES = frozenset(
-    [".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".apng", ".bmp", ".dib", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm", ".pbm", ".pnm", ".tga", ".jp2", ".j2k", ".avif", ".ico"]
+    {".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".apng", ".bmp", ".dib", ".gif", ".webp", ".tif", ".tiff"}
+    | {".ppm", ".pgm", ".pbm", ".pnm", ".tga", ".jp2", ".j2k", ".avif", ".ico"}
 )
 _GREY_MODES = frozenset({"1", "L", "LA", "La", "F", "I", "I;16", "I;16L", "I;16B", "I;16N"})
 _TIFF_MAGIC = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
@@ -58,40 +59,35 @@ def decode(data: bytes) -> np.ndarray:
         raise BadImage(text[:120]) from None
 
 
-def peek(data: bytes) -> tuple[int, int, int]:
-    """(C, H, W) from an image's header, with a look at the end of JPEG and PNG files for the missing rest.
+def glance(data: bytes) -> None:
+    """Check without decoding that a file begins as an image, and that JPEG and PNG files also end as one.
 
     Raises
     ------
     BadImage
         When the bytes are no image, or visibly cut short.
     """
-    if data[:4] in _TIFF_MAGIC:
-        channels, height, width = decode(data).shape
-        return channels, height, width
-    try:
-        with Image.open(io.BytesIO(data)) as image:
-            width, height = image.size
-            if image.getexif().get(_EXIF_ORIENTATION, 1) in (5, 6, 7, 8):
-                width, height = height, width
-            channels = 1 if image.mode in _GREY_MODES else 3
-    except UnidentifiedImageError:
-        raise BadImage("not an image" if data else "an empty file") from None
-    except Exception as problem:
-        raise BadImage(" ".join(str(problem).split())[:120] or type(problem).__name__) from None
     # Cameras append bytes after the end marker, so it is looked for, not expected last.
-    if data[:3] == _JPEG_MAGIC and data.rfind(b"\xff\xd9", max(0, len(data) - 65536)) < 0:
-        raise BadImage("truncated JPEG")
-    if data[:8] == _PNG_MAGIC and data.rfind(b"IEND", max(0, len(data) - 65536)) < 0:
-        raise BadImage("truncated PNG")
-    return channels, height, width
+    tail = max(0, len(data) - 65536)
+    if data[:3] == _JPEG_MAGIC:
+        if data.rfind(b"\xff\xd9", tail) < 0:
+            raise BadImage("truncated JPEG")
+    elif data[:8] == _PNG_MAGIC:
+        if data.rfind(b"IEND", tail) < 0:
+            raise BadImage("truncated PNG")
+    elif data[:4] not in _TIFF_MAGIC:
+        try:
+            Image.open(io.BytesIO(data)).close()
+        except Exception:
+            raise BadImage("not an image" if data else "an empty file") from None
 
 
 def from_pil(image: Image.Image) -> np.ndarray:
     """Pixels (C, H, W) of a Pillow image: turned upright, transparency shown on white, colour as RGB."""
     # Pillow reads the pixels here, and raises OSError when the file is cut short.
     image.load()
-    image = ImageOps.exif_transpose(image)
+    if image.getexif().get(_EXIF_ORIENTATION, 1) != 1:
+        image = ImageOps.exif_transpose(image)
     if image.mode in ("I;16", "I;16L", "I;16B", "I;16N"):
         return np.asarray(image).astype(np.uint16)[None]
     if image.mode == "I":
@@ -104,7 +100,8 @@ def from_pil(image: Image.Image) -> np.ndarray:
     if image.has_transparency_data:
         rgba = np.asarray(image.convert("RGBA"))
         return _on_white(rgba[..., :1] if grey else rgba[..., :3], rgba[..., 3:]).transpose(2, 0, 1)
-    array = np.array(image.convert("L" if grey else "RGB"))
+    mode = "L" if grey else "RGB"
+    array = np.asarray(image if image.mode == mode else image.convert(mode))
     return array[None] if grey else np.ascontiguousarray(array.transpose(2, 0, 1))
 
 

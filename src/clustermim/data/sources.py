@@ -5,6 +5,7 @@ they are viewed. Images come as (C, H, W) tensors, uint8 or float32 in [0, 1].
 """
 
 import hashlib
+from collections.abc import Mapping
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
@@ -20,7 +21,10 @@ from clustermim.data.collection import Collection
 from clustermim.data.counted import Stream
 from clustermim.data.options import DEFAULTS, DataOptions
 from clustermim.data.pixels import BadImage, OutOfRange, adapt_channels, out_of_range_error, to_unit
+from clustermim.data.readers import IMAGE_SUFFIXES
 from clustermim.data.splits import hold_out, seeded_order, take
+from clustermim.data.tables import from_hub, from_parquet, from_shards, from_tables
+from clustermim.data.trees import from_folder, from_image_file, from_zip
 from clustermim.data.views import ViewConfig
 from clustermim.errors import InputError, nearest
 
@@ -125,7 +129,9 @@ class ImageSource(Dataset[tuple[Tensor, int | None]]):
 
     def _measure(self) -> tuple[tuple[float, ...], tuple[float, ...]]:
         """Mean and standard deviation of each channel over up to 2,000 training images, each image counting alike."""
-        rows = self._train_rows[seeded_order(0, Stream.SAMPLE, len(self._train_rows))[: checking.SAMPLE]]
+        # In the order of the check at opening, so that most of them are measured already.
+        order = seeded_order(0, Stream.SAMPLE, len(self.collection.store))
+        rows = order[np.isin(order, self._train_rows)][: checking.SAMPLE]
         moments = self._findings.moments
         missing = np.array([row for row in np.sort(rows) if int(row) not in moments], dtype=np.int64)
         if len(missing):
@@ -336,6 +342,10 @@ def _collect(data: DataLike, options: DataOptions) -> tuple[Collection, Split | 
         return from_array(data[0], data[1], channels=options.channels), None
     if isinstance(data, (np.ndarray, Tensor)):
         return from_array(data, channels=options.channels), None
+    if type(data).__module__.split(".")[0] == "datasets":
+        parts = dict(data) if isinstance(data, Mapping) else {"train": data}
+        prints = " ".join(str(part._fingerprint) for part in parts.values())
+        return from_tables(parts, type(data).__name__, Path(), prints), None
     if isinstance(data, Dataset) or hasattr(data, "__getitem__"):
         return from_dataset(data), None
     raise InputError(
@@ -353,12 +363,33 @@ def _collect_named(text: str, options: DataOptions) -> tuple[Collection, Split |
         suffix = ending
     if name == "digits":
         return from_digits(), suffix
+    if name.startswith("hf://"):
+        return from_hub(name), suffix
     path = Path(name).expanduser()
     if not path.exists():
         raise _nothing_there(name, path)
-    if path.suffix.lower() == ".npz":
-        return from_npz(path, options.channels), suffix
-    raise InputError(f"{path} is of no kind that can be read: folders, .zip, .parquet, .npz and .tif files can.")
+    return _collect_path(path, options), suffix
+
+
+def _collect_path(path: Path, options: DataOptions) -> Collection:
+    """Tell a path's kind by what it is and ends in."""
+    if path.is_dir():
+        for suffix, read in ((".parquet", from_parquet), (".tar", from_shards)):
+            if next(path.rglob(f"*{suffix}"), None) is not None:
+                return read(path)
+        return from_folder(path, options)
+    suffix = path.suffix.lower()
+    if suffix == ".npz":
+        return from_npz(path, options.channels)
+    if suffix == ".zip":
+        return from_zip(path, options)
+    if suffix == ".parquet":
+        return from_parquet(path)
+    if suffix == ".tar":
+        return from_shards(path)
+    if suffix in IMAGE_SUFFIXES:
+        return from_image_file(path)
+    raise InputError(f"{path} is of no kind that can be read: a folder, a .zip, .parquet, .npz, .tar or image file is.")
 
 
 def _nothing_there(name: str, path: Path) -> InputError:

@@ -12,8 +12,7 @@ from typing import Any
 import torch
 from jaxtyping import Bool, Float, Int64, Shaped
 from torch import Tensor
-from torchvision.transforms import InterpolationMode
-from torchvision.transforms.v2 import functional as transforms
+from torch.nn import functional
 
 from clustermim.data.counted import Stream, uniform
 from clustermim.errors import InputError
@@ -171,7 +170,7 @@ def to_float(images: Shaped[Tensor, "*b c h w"]) -> Float[Tensor, "*b c h w"]:
 
 
 def train_view(image: Shaped[Tensor, "c H W"], box: Draw, config: ViewConfig) -> Float[Tensor, "c h w"]:
-    """Cut one training view out of one image, by torchvision.
+    """Cut one training view out of one image: torchvision's resized_crop, without the import of torchvision.
 
     Parameters
     ----------
@@ -187,15 +186,7 @@ def train_view(image: Shaped[Tensor, "c H W"], box: Draw, config: ViewConfig) ->
     Tensor
         (C, h, w) float32 in [0, 1], resized bicubically with antialiasing.
     """
-    top, left, height, width = (int(side) for side in (box.top, box.left, box.height, box.width))
-    size = list(config.image_size)
-    if (height, width) == config.image_size:
-        view = to_float(image[:, top : top + height, left : left + width])
-    else:
-        # Float first: torchvision rounds uint8 to whole steps between the two passes.
-        view = transforms.resized_crop(
-            to_float(image), top, left, height, width, size, interpolation=InterpolationMode.BICUBIC, antialias=True
-        ).clamp(0, 1)
+    view = _resized_crop(image, box, config)
     return view.flip(-1) if bool(box.flip) else view
 
 
@@ -244,11 +235,18 @@ def eval_views(images: Shaped[Tensor, "b c H W"], config: ViewConfig) -> Float[T
         return to_float(images)
     sizes = torch.tensor([[images.shape[-2], images.shape[-1]]])
     box = centre_draw(sizes, config)
+    return _resized_crop(images, box, config)
+
+
+def _resized_crop(images: Shaped[Tensor, "*b c H W"], box: Draw, config: ViewConfig) -> Float[Tensor, "*b c h w"]:
+    """One box cut out of one image, or out of each image of a batch, and resized."""
     top, left, height, width = (int(side) for side in (box.top, box.left, box.height, box.width))
     pixels = to_float(images[..., top : top + height, left : left + width])
-    return torch.nn.functional.interpolate(
-        pixels, size=config.image_size, mode="bicubic", antialias=True, align_corners=False
-    ).clamp(0, 1)
+    if (height, width) == config.image_size:
+        return pixels
+    batch = pixels if pixels.ndim == 4 else pixels[None]
+    resized = functional.interpolate(batch, size=config.image_size, mode="bicubic", antialias=True).clamp(0, 1)
+    return resized if pixels.ndim == 4 else resized[0]
 
 
 def _resize_weights(
