@@ -4,7 +4,7 @@ import hashlib
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -87,10 +87,13 @@ def from_array(images: Any, labels: Any = None, *, name: str = "array", channels
     if array.dtype.kind not in "uif":
         raise InputError(f"{name} holds {array.dtype} values: pixels are uint8, uint16 or float.")
     array = array[..., None] if array.ndim == 3 else array
-    cleaned = (None, None) if labels is None else clean_labels(_to_numpy(labels), len(array), f"The labels of {name}")
-    return Collection(
-        name, ArrayStore(array, name), *cleaned, check="sample" if array.dtype in (np.uint8, np.uint16) else "decode"
-    )
+    # Floats may be NaN or out of range anywhere, so all of them are looked at.
+    check: Literal["sample", "decode"] = "sample" if array.dtype in (np.uint8, np.uint16) else "decode"
+    collection = Collection(name, ArrayStore(array, name), check=check)
+    if labels is not None:
+        where = f"The labels of {name}"
+        collection.labels, collection.classes = clean_labels(_to_numpy(labels), len(array), where)
+    return collection
 
 
 def from_npz(path: Path, channels: int | None) -> Collection:

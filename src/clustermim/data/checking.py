@@ -40,6 +40,8 @@ class Findings:
     """Row -> reason."""
     moments: dict[int, tuple[np.ndarray, np.ndarray]]
     """Row -> mean and mean square of each channel, of the image in [0, 1]."""
+    looked: int
+    """Images looked at when the source was opened."""
 
 
 def threads() -> int:
@@ -74,7 +76,7 @@ def examine(collection: Collection, options: DataOptions) -> Findings:
         When values lie outside [0, 1] and no value range is given.
     """
     store, count = collection.store, len(collection.store)
-    findings = Findings(np.zeros((count, 3), dtype=np.int32), {}, {})
+    findings = Findings(np.zeros((count, 3), dtype=np.int32), {}, {}, count)
     if collection.check == "decode" and count <= FULL_CHECK:
         logger.info("decoding %d images of %s once, to find broken ones", count, collection.name)
         measure(collection, options, np.arange(count), findings)
@@ -88,6 +90,8 @@ def examine(collection: Collection, options: DataOptions) -> Findings:
                 store.glance(int(row))
             except BadImage as problem:
                 findings.bad[int(row)] = str(problem)
+    else:
+        findings.looked = min(count, SAMPLE)
     return findings
 
 
@@ -163,7 +167,7 @@ def bad_images_error(collection: Collection, bad: Sequence[tuple[str, str]], tot
     share = len(bad) / max(total, 1)
     remedy = "or leave it to --on-bad-image skip" if share <= MOST_BAD else "or point --data at the right files"
     return InputError(
-        f"{len(bad)} of {total} files of {collection.name} are no usable images: {name_some(bad)}. "
+        f"{len(bad)} of the {total} files or rows of {collection.name} are no usable images: {name_some(bad)}. "
         f"Repair or remove them, {remedy}."
     )
 

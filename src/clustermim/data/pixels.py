@@ -56,13 +56,14 @@ def to_unit(pixels: np.ndarray, value_range: tuple[float, float] | None) -> Shap
     if pixels.dtype == np.uint8 and value_range is None:
         return torch.from_numpy(np.require(pixels, requirements=("C", "W")))
     kind = "float" if pixels.dtype.kind == "f" else str(pixels.dtype)
-    values = pixels.astype(np.float64 if pixels.dtype.itemsize > 4 else np.float32)
+    values: np.ndarray[Any, Any] = pixels.astype(np.float64 if pixels.dtype.itemsize > 4 else np.float32)
     if kind == "float" and not np.isfinite(values).all():
         raise BadImage("NaN or infinite pixels")
     if value_range is not None:
-        values = np.clip((values - value_range[0]) / (value_range[1] - value_range[0]), 0, 1)
+        low, high = value_range
+        values = np.clip(np.divide(np.subtract(values, low), high - low), 0, 1)
     elif pixels.dtype == np.uint16:
-        values /= 65535
+        values = np.divide(values, 65535)
     elif kind != "float" or values.min() < -1e-6 or values.max() > 1 + 1e-6:
         raise OutOfRange(float(values.min()), float(values.max()), kind)
     else:

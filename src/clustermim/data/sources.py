@@ -5,10 +5,9 @@ they are viewed. Images come as (C, H, W) tensors, uint8 or float32 in [0, 1].
 """
 
 import hashlib
-from collections.abc import Mapping
+from dataclasses import replace
 from functools import cached_property
-from pathlib import Path
-from typing import Any, Literal, TypeAlias
+from typing import Any
 
 import numpy as np
 from jaxtyping import Shaped
@@ -16,22 +15,17 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from clustermim.data import checking
-from clustermim.data.arrays import from_array, from_dataset, from_digits, from_npz
 from clustermim.data.collection import Collection
 from clustermim.data.counted import Stream
 from clustermim.data.options import DEFAULTS, DataOptions
 from clustermim.data.pixels import BadImage, OutOfRange, adapt_channels, out_of_range_error, to_unit
-from clustermim.data.readers import IMAGE_SUFFIXES
+from clustermim.data.resolving import DataLike, Split, collect
 from clustermim.data.splits import hold_out, seeded_order, take
-from clustermim.data.tables import from_hub, from_parquet, from_shards, from_tables
-from clustermim.data.trees import from_folder, from_image_file, from_zip
 from clustermim.data.views import ViewConfig
-from clustermim.errors import InputError, nearest
+from clustermim.errors import InputError
 
-DataLike: TypeAlias = "str | Path | np.ndarray | Tensor | tuple[Any, Any] | Dataset[Any]"
-Split: TypeAlias = Literal["train", "test", "all"]
+__all__ = ["DataLike", "ImageSource", "Split", "open_source", "open_splits", "require_labels"]
 
-SOURCE_NAMES = ("digits",)
 _DEFAULT_SIZE = 224  # pixels, where the images differ in size
 
 
@@ -172,8 +166,11 @@ class ImageSource(Dataset[tuple[Tensor, int | None]]):
         return f"{len(self.skipped)} file(s) of {self.name} skipped: {checking.name_some(self.skipped)}."
 
     def __getstate__(self) -> dict[str, Any]:
-        """Without what a loader keeps in memory beside it."""
-        return {key: value for key, value in self.__dict__.items() if key != "_resident"}
+        """Only what reading images takes: not what a loader keeps in memory, nor the measurements."""
+        state = {key: value for key, value in self.__dict__.items() if key != "_resident"}
+        state["collection"] = replace(self.collection, group_field=None)
+        state["_findings"] = replace(self._findings, moments={})
+        return state
 
 
 def open_source(data: DataLike, options: DataOptions = DEFAULTS, *, split: Split | None = None) -> ImageSource:
@@ -263,7 +260,7 @@ class _Opened:
             self.collection, self.findings = data.collection, data._findings
             options = data.options if options == DEFAULTS else options
         else:
-            self.collection, self.suffix = _collect(data, options)
+            self.collection, self.suffix = collect(data, options)
             if split is not None and self.suffix not in (None, split):
                 raise InputError(f"{data} names the split {self.suffix!r}, but {split!r} is asked for: leave out one.")
             self.suffix = split or self.suffix
@@ -280,7 +277,7 @@ class _Opened:
     def _refuse_bad(self) -> None:
         bad = [(self.collection.store.label_of(row), why) for row, why in sorted(self.findings.bad.items())]
         listed = [*self.collection.skipped, *bad]
-        total = len(self.collection.store) + len(self.collection.skipped)
+        total = self.findings.looked + len(self.collection.skipped)
         if listed and (len(listed) > checking.MOST_BAD * total or self.options.on_bad_image == "error"):
             raise checking.bad_images_error(self.collection, listed, total)
 
@@ -321,8 +318,11 @@ class _Opened:
                 f"{collection.name} has no test split, and without labels none is held out: "
                 f"{collection.unlabelled_because}. Use #train, or bring a test/ folder or labels."
             )
-        chosen = {"train": train, "all": self.good}.get(split)
-        rows = np.flatnonzero(self.good & self.test if chosen is None and self.test is not None else chosen)
+        if split == "test":
+            chosen = self.good & self.test
+        else:
+            chosen = train if split == "train" else self.good
+        rows = np.flatnonzero(chosen)
         if not len(rows):
             raise InputError(f"The {split} split of {collection.name} is empty: it takes more images.")
         if options.limit is not None:
@@ -330,76 +330,3 @@ class _Opened:
             rows = take(rows, labels, options.limit, options.split_seed)
         train_rows = np.flatnonzero(train) if train.any() else rows
         return ImageSource(collection, options, self.findings, self.channels, split, rows, train_rows, self.groups)
-
-
-def _collect(data: DataLike, options: DataOptions) -> tuple[Collection, Split | None]:
-    """Find out what `data` is, and list its images."""
-    if isinstance(data, (str, Path)):
-        return _collect_named(str(data), options)
-    if isinstance(data, tuple):
-        if len(data) != 2:
-            raise InputError(f"A pair (images, labels) is needed, not {len(data)} things.")
-        return from_array(data[0], data[1], channels=options.channels), None
-    if isinstance(data, (np.ndarray, Tensor)):
-        return from_array(data, channels=options.channels), None
-    if type(data).__module__.split(".")[0] == "datasets":
-        parts = dict(data) if isinstance(data, Mapping) else {"train": data}
-        prints = " ".join(str(part._fingerprint) for part in parts.values())
-        return from_tables(parts, type(data).__name__, Path(), prints), None
-    if isinstance(data, Dataset) or hasattr(data, "__getitem__"):
-        return from_dataset(data), None
-    raise InputError(
-        f"Images cannot be read from a {type(data).__name__}: give a name, a path, an array (n, H, W[, C]), "
-        f"a pair (images, labels) or a map-style Dataset."
-    )
-
-
-def _collect_named(text: str, options: DataOptions) -> tuple[Collection, Split | None]:
-    name, suffix = text, None
-    if "#" in text and not Path(text).exists():
-        name, _, ending = text.rpartition("#")
-        if ending not in ("train", "test", "all"):
-            raise InputError(f"{text} asks for a split {ending!r}.{nearest(ending, ('train', 'test', 'all'))}")
-        suffix = ending
-    if name == "digits":
-        return from_digits(), suffix
-    if name.startswith("hf://"):
-        return from_hub(name), suffix
-    path = Path(name).expanduser()
-    if not path.exists():
-        raise _nothing_there(name, path)
-    return _collect_path(path, options), suffix
-
-
-def _collect_path(path: Path, options: DataOptions) -> Collection:
-    """Tell a path's kind by what it is and ends in."""
-    if path.is_dir():
-        for suffix, read in ((".parquet", from_parquet), (".tar", from_shards)):
-            if next(path.rglob(f"*{suffix}"), None) is not None:
-                return read(path)
-        return from_folder(path, options)
-    suffix = path.suffix.lower()
-    if suffix == ".npz":
-        return from_npz(path, options.channels)
-    if suffix == ".zip":
-        return from_zip(path, options)
-    if suffix == ".parquet":
-        return from_parquet(path)
-    if suffix == ".tar":
-        return from_shards(path)
-    if suffix in IMAGE_SUFFIXES:
-        return from_image_file(path)
-    raise InputError(f"{path} is of no kind that can be read: a folder, a .zip, .parquet, .npz, .tar or image file is.")
-
-
-def _nothing_there(name: str, path: Path) -> InputError:
-    """A path or name that does not exist, with the nearest that does."""
-    parent = path.parent
-    while not parent.exists():
-        parent = parent.parent
-    missing = path.relative_to(parent).parts[0] if parent != path else name
-    siblings = [entry.name for entry in sorted(parent.iterdir()) if not entry.name.startswith(".")]
-    choices = [*SOURCE_NAMES, *siblings] if path.parent == Path() else siblings
-    where = "" if path.parent == Path() else f" in {parent}"
-    kind = "is neither a known source nor a file or folder here" if path.parent == Path() else "does not exist"
-    return InputError(f"--data {name} {kind}: there is no {missing!r}{where}.{nearest(missing, choices)}")

@@ -58,7 +58,7 @@ class TableStore:
         if isinstance(value, Mapping):
             if value.get("bytes") is None and value.get("path"):
                 try:
-                    return (self.folder / value["path"]).read_bytes()
+                    return Path(self.folder, str(value["path"])).read_bytes()
                 except OSError as problem:
                     raise BadImage(f"{value['path']}: {problem.strerror}") from None
             value = value.get("bytes")

@@ -56,7 +56,10 @@ class ViewConfig:
     def from_dict(cls, values: Mapping[str, Any]) -> "ViewConfig":
         """The inverse of `to_dict`; unknown keys are ignored, so that later versions' manifests stay readable."""
         known = {key: values[key] for key in cls.__dataclass_fields__ if key in values}
-        return cls(**{key: tuple(value) if isinstance(value, list) else value for key, value in known.items()})
+        fields: dict[str, Any] = {
+            key: tuple(value) if isinstance(value, list) else value for key, value in known.items()
+        }
+        return cls(**fields)
 
     def check_patch_size(self, patch_size: int) -> None:
         """Check that patches of this side tile a view.
@@ -149,7 +152,8 @@ def draw(seed: int, epoch: int, index: Int64[Tensor, " b"], sizes: Int64[Tensor,
         torch.where(found, crop_width, whole_width),
     ]
     flip = uniform(seed, Stream.FLIP, epoch, index) < 0.5 if config.flip else torch.zeros_like(index, dtype=torch.bool)
-    return Draw(*(side[:, 0].long() for side in box), flip)
+    top, left, crop_height, crop_width = (side[:, 0].long() for side in box)
+    return Draw(top, left, crop_height, crop_width, flip)
 
 
 def centre_draw(sizes: Int64[Tensor, "b 2"], config: ViewConfig) -> Draw:
