@@ -1,0 +1,162 @@
+"""From images to a tokenizer: describe the patches, cluster them, note how it was done."""
+
+import math
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from clustermim.data.counted import Stream, uniform
+from clustermim.data.loaders import make_loader
+from clustermim.data.sources import ImageSource, require_labels
+from clustermim.errors import InputError
+from clustermim.features.patches import PatchFeatures, make_features
+from clustermim.runs import environment_facts
+from clustermim.tokenizers.codebook import Codebook
+from clustermim.tokenizers.kmeans import FitMetric, fit_kmeans
+from clustermim.tokenizers.progress import PassProgress
+from clustermim.tokenizers.streams import Blocks
+from clustermim.tokenizers.tokenizer import KMeansTokenizer, Tokenizer, class_of
+
+
+def fit(
+    source: ImageSource,
+    *,
+    patch_size: int,
+    features: str | PatchFeatures = "pixel",
+    k: int = 50,
+    kind: str = "kmeans",
+    metric: FitMetric = "l2",
+    seed: int = 0,
+    n_init: int | None = None,
+    max_passes: int = 20,
+    tol: float = 1e-3,
+    batch_size: int = 256,
+    device: str | torch.device = "cpu",
+    workers: int | None = None,
+    progress: bool = False,
+) -> Tokenizer:
+    """Make a tokenizer of any kind from the eval views of a source.
+
+    Parameters
+    ----------
+    source
+        Images; their own view decides size, channels, mean and std.
+    patch_size
+        Patch side P in pixels.
+    features
+        What patches are described by; for the kinds that look at pixels.
+    k
+        Vocabulary, at least 2; the kinds `identity`, `position` and `oracle` have one by nature and ignore it.
+    kind
+        A name in `clustermim.tokenizers.tokenizer.KINDS`.
+    metric, seed, n_init, max_passes, tol
+        As for `fit_kmeans`.
+    batch_size
+        Images described at once; changes speed and memory, not the result.
+    device
+        Where to compute.
+    workers
+        As for `make_loader`.
+    progress
+        Show a bar on stderr.
+
+    Returns
+    -------
+    Tokenizer
+        On the CPU, with data fingerprint, image size, channels, seed, inertia, spec and versions in its config.
+
+    Raises
+    ------
+    InputError
+        A patch side that does not divide the images, an unknown kind, feature, or network, k < 2 or more than there
+        are distinct patches, or labels missing where the kind needs them. Raised before work starts, save for the
+        number of distinct patches.
+    """
+    view = source.view
+    view.check_patch_size(patch_size)
+    made = class_of(kind)
+    if kind in ("kmeans", "random-centroids", "random") and k < 2:
+        raise InputError(f"A vocabulary of k = {k} tells no patches apart; choose k of at least 2.")
+    grid = (view.image_size[0] // patch_size, view.image_size[1] // patch_size)
+    config: dict[str, Any] = {
+        "kind": kind,
+        "vocab_size": k,
+        "patch_size": patch_size,
+        "channels": view.channels,
+        "image_size": list(view.image_size),
+    }
+    facts: dict[str, Any] = {
+        "data": source.name,
+        "split": source.split,
+        "images": len(source),
+        "data_fingerprint": source.fingerprint(),
+        "seed": seed,
+        "versions": environment_facts()["versions"],
+    }
+    if kind == "identity":
+        return made(config | {"vocab_size": len(source) * grid[0] * grid[1], "facts": facts})
+    if kind == "position":
+        return made(config | {"vocab_size": grid[0] * grid[1], "facts": facts})
+    if kind == "oracle":
+        labels = require_labels(source, "an oracle tokenizer")
+        classes = len(source.classes) if source.classes is not None else int(labels.max()) + 1
+        return made(config | {"vocab_size": classes, "facts": facts})
+    if kind == "random":
+        return made(config | {"seed": seed, "facts": facts})
+    if not issubclass(made, KMeansTokenizer):
+        raise InputError(f"Tokenizers of kind {kind!r} cannot be fitted here.")
+
+    described = make_features(features, patch_size=patch_size, view=view).to(device)
+    loader = make_loader(source, view, batch_size=batch_size, train=False, device=device, workers=workers)
+
+    def blocks() -> Iterator[Tensor]:
+        for batch in loader.epoch():
+            with torch.no_grad():
+                yield described(batch.images).flatten(0, 1)
+
+    if kind == "random-centroids":
+        centroids = _gaussian_like(blocks, k, seed, progress)
+    else:
+        result = fit_kmeans(
+            blocks, k, metric=metric, seed=seed, n_init=n_init, max_passes=max_passes, tol=tol, progress=progress
+        )
+        centroids = result.centroids
+        full = [step for step in result.history if step["stage"] == "full"]
+        facts |= {
+            "patches": result.num_rows,
+            "inertia": result.inertia,
+            "inertia_per_patch": result.inertia / result.num_rows,
+            "full_passes": len(full),
+            "used_tokens": int((result.counts > 0).sum()),
+            "perplexity": _perplexity(result.counts),
+        }
+    described = described.cpu()
+    config |= {"features": described.config(), "dim": described.dim, "metric": metric}
+    facts |= {"spec": described.spec, "metric": metric}
+    return made(config | {"facts": facts}, described, Codebook(centroids.cpu(), metric))
+
+
+def _gaussian_like(blocks: Blocks, k: int, seed: int, progress: bool) -> Float[Tensor, "k d"]:
+    """K draws with the features' mean and standard deviation in each dimension (Box and Muller, 1958)."""
+    rows, total, squares = 0, torch.zeros(1, dtype=torch.float64), torch.zeros(1, dtype=torch.float64)
+    with PassProgress("patches", show=progress) as bar:
+        for block in bar.track(blocks(), "measuring the patches"):
+            exact = block.cpu().double()
+            rows, total, squares = rows + len(exact), total + exact.sum(0), squares + exact.square().sum(0)
+    if not rows:
+        raise InputError("There are no patches to describe: the data is empty.")
+    mean = total / rows
+    std = (squares / rows - mean.square()).clamp_min(0.0).sqrt()
+    draw, column = torch.arange(k)[:, None], torch.arange(len(mean))
+    radius = (-2.0 * torch.log(1.0 - uniform(seed, Stream.INIT, draw, column, 0).double())).sqrt()
+    angle = 2.0 * math.pi * uniform(seed, Stream.INIT, draw, column, 1).double()
+    return (mean + std * radius * angle.cos()).float()
+
+
+def _perplexity(counts: Tensor) -> float:
+    """How many tokens, evenly used, would be as varied: exp of the entropy of their use."""
+    share = counts[counts > 0].double() / counts.sum()
+    return float(torch.exp(-(share * share.log()).sum()))

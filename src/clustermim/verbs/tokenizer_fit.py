@@ -1,0 +1,161 @@
+"""`clustermim tokenizer fit`: a tokenizer from images."""
+
+import contextlib
+import json as jsonlib
+from collections.abc import Callable
+from dataclasses import asdict
+from functools import partial
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from cyclopts import Parameter
+from rich.console import Console
+
+from clustermim.data.options import DEFAULTS, DataOptions
+from clustermim.data.sources import ImageSource, open_source
+from clustermim.encoders.presets import default_patch_size
+from clustermim.errors import InputError
+from clustermim.features.patches import PatchFeatures
+from clustermim.runs import RunDirectory, atomic_write
+from clustermim.tokenizers.fitting import fit
+from clustermim.tokenizers.tokenizer import Tokenizer, load_tokenizer
+from clustermim.training.launch import Device, resolve_device
+
+Kind = Literal["kmeans", "identity", "random", "random-centroids", "position", "oracle"]
+
+_KIND = "tokenizer fit"
+_VOLATILE = ("device", "workers", "batch_size")  # of no influence on the tokens
+
+
+def fit_tokenizer(
+    data: Annotated[Any, Parameter()] = "digits",
+    features: Annotated[Any, Parameter()] = "pixel",
+    k: int = 50,
+    *,
+    patch_size: int | None = None,
+    out: Annotated[Path | None, Parameter(required=True)] = None,
+    kind: Kind = "kmeans",
+    metric: Literal["l2", "cosine"] = "l2",
+    seed: int = 0,
+    n_init: int | None = None,
+    max_passes: int = 20,
+    tol: float = 1e-3,
+    batch_size: int = 256,
+    device: Device = "auto",
+    workers: int | None = None,
+    resume: bool = False,
+    json: Path | None = None,
+    options: Annotated[DataOptions, Parameter(name="*")] = DEFAULTS,
+) -> Tokenizer:
+    """Fit a tokenizer to images: cluster their patches by K-means, or make a control.
+
+    Parameters
+    ----------
+    data
+        Images: digits, a folder, .zip, .npz, .tif or parquet; in Python also an array or a Dataset. The train split,
+        unless #test or #all says otherwise.
+    features
+        What a patch is described by: pixel[?standardise=true&context=12], or
+        backbone:<timm name>[@file][?layer=9&size=224]; several are joined by +.
+    k
+        Vocabulary: the number of tokens.
+    patch_size
+        Patch side in pixels. Default: about an eighth of the short side, from 2 to 16.
+    out
+        Folder for the tokenizer; must be new or empty.
+    kind
+        kmeans, or a control that brackets it: identity (each patch its own token), random, random-centroids, position,
+        oracle (the label).
+    metric
+        l2, or cosine for spherical K-means on unit features.
+    seed
+        Decides the starts of K-means and the draws of the controls.
+    n_init
+        Starts of K-means that are compared on a small sample. Default: 4 up to k = 256, else 1.
+    max_passes
+        At most so many passes over all patches.
+    tol
+        Stop when a pass lowers the inertia by less than this share.
+    batch_size
+        Images described at once; the result does not depend on it.
+    device
+        cpu, cuda or mps; auto takes the best there is.
+    workers
+        Processes that read images. Default: none where the images fit in memory, else one a core.
+    resume
+        Into a folder where a fit was broken off: start it again; where it was finished: load it.
+    json
+        Also write the table to this file.
+    options
+        How the images are read.
+
+    Returns
+    -------
+    Tokenizer
+        On the CPU.
+
+    Raises
+    ------
+    InputError
+        The data, the features or the options cannot be used; or `out` holds something else.
+    """
+    where = resolve_device(device)
+    source = open_source(data, options)
+    if message := source.skipped_message():
+        Console(stderr=True).print(message, markup=False, highlight=False)
+    side = default_patch_size(source.view.image_size) if patch_size is None else patch_size
+    source.view.check_patch_size(side)
+    fitted: dict[str, Any] = {
+        "k": k,
+        "patch_size": side,
+        "kind": kind,
+        "metric": metric,
+        "seed": seed,
+        "n_init": n_init,
+        "max_passes": max_passes,
+        "tol": tol,
+        "batch_size": batch_size,
+        "workers": workers,
+    }
+    if out is None:
+        tokenizer = fit(source, features=features, device=where, progress=True, **fitted)
+    else:
+        spec = features.spec if isinstance(features, PatchFeatures) else features
+        config = {"data": source.name, "features": spec, **fitted, "device": device, **_given(options)}
+        config = {key: value for key, value in config.items() if value is not None}
+        run = RunDirectory(out, _KIND, config, resume=resume, volatile=_VOLATILE)
+        make = partial(fit, source, features=features, device=where, progress=True, **fitted)
+        tokenizer = _fit_into(run, source, make)
+    if json is not None:
+        atomic_write(json, jsonlib.dumps(tokenizer.rows(), indent=1))
+    return tokenizer
+
+
+def _given(options: DataOptions) -> dict[str, Any]:
+    """The data options that were set, as they are spelt on the command line."""
+    return {key: value for key, value in asdict(options).items() if value != getattr(DEFAULTS, key)}
+
+
+def _fit_into(run: RunDirectory, source: ImageSource, make: Callable[[], Tokenizer]) -> Tokenizer:
+    """Fit and save. A fit that fails takes its notes with it, so that the corrected command may use the same folder."""
+    was_there = run.path.exists()
+    forget = False
+    try:
+        with run:
+            if run.finished:
+                return load_tokenizer(run.path)
+            try:
+                tokenizer = make()
+            except InputError:
+                forget = not run.resuming
+                for name in ("config.yaml", "manifest.json") if forget else ():
+                    (run.path / name).unlink(missing_ok=True)
+                raise
+            tokenizer.save_pretrained(run.path)
+            facts = {"tokenizer": tokenizer.fingerprint(), "seed": run.config["seed"], "data": {"name": source.name}}
+            run.finish(facts | {"data_fingerprint": source.fingerprint(), "result": tokenizer.rows()[0]})
+            return tokenizer
+    finally:
+        if forget and not was_there:
+            with contextlib.suppress(OSError):
+                run.path.rmdir()
