@@ -162,8 +162,8 @@ def match_channels(images: Float[Tensor, "b c h w"], channels: int, name: str) -
     given = images.shape[1]
     if given == channels:
         return images
-    if given == 1:
-        return images.expand(-1, channels, -1, -1)
+    if given == 1 and channels == 3:
+        return images.expand(-1, 3, -1, -1)
     if given == 3 and channels == 1:
         weights = images.new_tensor(_LUMA).view(1, 3, 1, 1)
         return (images * weights).sum(dim=1, keepdim=True)

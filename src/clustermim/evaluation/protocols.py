@@ -117,7 +117,7 @@ def evaluate(
     sizes = {
         "n_train": len(bank.labels),
         "n_test": len(test_bank.labels),
-        "classes": int(bank.labels.unique().numel()),
+        "classes": len(np.unique(bank.labels.numpy())),
         "seed": seed,
     }
     return [facts | row | sizes for row in score(judges, test_bank, device=device)]

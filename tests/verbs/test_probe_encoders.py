@@ -1,0 +1,112 @@
+"""`clustermim probe`, as a function and through the command line."""
+
+import io
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from rich.console import Console
+from torch import nn
+
+from clustermim.cli import run
+from clustermim.errors import InputError
+from clustermim.verbs.probe_encoders import probe
+
+
+def make_data(n: int = 120, classes: int = 3) -> tuple[np.ndarray, np.ndarray]:
+    """Grey 8 × 8 images whose brightness tells the class, nearly."""
+    labels = np.arange(n) % classes
+    noise = np.random.default_rng(0).random((n, 8, 8))
+    return (255 * (0.4 * noise + 0.6 * labels[:, None, None] / classes)).astype(np.uint8), labels
+
+
+def printed(result: Any) -> str:
+    console = Console(width=160, file=io.StringIO())
+    console.print(result)
+    return console.file.getvalue()  # type: ignore[attr-defined]
+
+
+def test_several_encoders_on_several_data_sets(tmp_path: Path) -> None:
+    file = tmp_path / "rows.json"
+    module = nn.Sequential(nn.Conv2d(1, 8, 4, 4), nn.ReLU())
+    result = probe(["raw-pixels", "random:vit_micro", module], [make_data(), "digits"], protocol=["knn"], json=file)
+    rows = result.rows()
+    assert json.loads(file.read_text()) == rows
+    assert {row["encoder"] for row in rows} == {"raw-pixels", "random:vit_micro", "Sequential"}
+    assert len({row["data"] for row in rows}) == 2 and len(rows) == 2 * (1 + 2 + 1)
+    text = printed(result)
+    assert "top-1 accuracy in % on 359 test images of 10 classes" in text and "random:vit_micro" in text
+
+
+def test_one_of_each_needs_no_list() -> None:
+    first = probe("raw-pixels", make_data(), protocol=("linear",)).rows()
+    second = probe(["raw-pixels"], [make_data()], protocol=["linear"]).rows()
+    assert first == second and len(first) == 1
+
+
+def test_every_layer_has_a_line() -> None:
+    result = probe("random:vit_micro", make_data(60), protocol=["knn"], layers="all")
+    assert [row["layer"] for row in result.rows()] == [layer for layer in range(6) for _ in range(2)]
+    assert "layer" in printed(result)
+
+
+def test_two_of_one_name_are_told_apart() -> None:
+    rows = probe(["raw-pixels", "raw-pixels"], make_data(60), protocol=["knn"]).rows()
+    assert [row["encoder"] for row in rows] == ["raw-pixels", "raw-pixels (2)"]
+
+
+def test_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    images, labels = make_data()
+    np.savez(tmp_path / "some.npz", x=images, y=labels)
+    file = tmp_path / "rows.json"
+    words = (
+        f"probe --encoder raw-pixels random:test_resnet --data {tmp_path}/some.npz digits --protocol knn --json {file}"
+    )
+    assert run([*words.split(), "--limit", "100"]) == 0
+    shown = capsys.readouterr().out
+    assert "raw-pixels" in shown and "random:test_resnet" in shown
+    rows = json.loads(file.read_text())
+    assert [(row["encoder"], row["protocol"]) for row in rows] == 2 * [
+        ("raw-pixels", "knn"),
+        ("random:test_resnet", "knn"),
+    ]
+    recipe = tmp_path / "probe.yaml"
+    recipe.write_text(f"encoder: [raw-pixels]\ndata: [{tmp_path}/some.npz]\nprotocol: [linear]\n")
+    assert run(["probe", "--config", str(recipe), "--json", str(file)]) == 0
+    assert [row["protocol"] for row in json.loads(file.read_text())] == ["linear"]
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        ("--encoder raw-pixel --data digits", "Did you mean 'raw-pixels'"),
+        ("--encoder raw-pixels --data digit", "digits"),
+        ("--encoder raw-pixels --data digits --protocol kn", "knn"),
+        ("--encoder no/run --data digits", "no/run"),
+        ("--encoder timm:test_vit@none.pth --data digits", "none.pth"),
+        ("--encoder raw-pixels --data digits --json .", "is a folder"),
+        ("--data digits", "--encoder"),
+    ],
+)
+def test_bad_input(words: str, expected: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["probe", *words.split()]) == 2
+    captured = capsys.readouterr()
+    assert expected in " ".join(captured.err.split()) and captured.out == ""
+
+
+def test_everything_is_checked_before_anything_is_computed(monkeypatch: pytest.MonkeyPatch) -> None:
+    def never(*given: Any, **more: Any) -> None:
+        raise AssertionError("work was started")
+
+    monkeypatch.setattr("clustermim.verbs.probe_encoders.evaluate", never)
+    images, labels = make_data(60)
+    with pytest.raises(InputError, match="no model called 'vit_mikro'"):
+        probe(["raw-pixels", "random:vit_mikro"], make_data(60))
+    with pytest.raises(InputError, match="single class"):
+        probe(["raw-pixels"], [make_data(60), (images, labels * 0)])
+    with pytest.raises(InputError, match="labels"):
+        probe("raw-pixels", images)
+    with pytest.raises(InputError, match="nothing to judge"):
+        probe([], "digits")
