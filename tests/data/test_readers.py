@@ -93,9 +93,9 @@ def test_truncated_files_are_bad_images(form):
 
 
 def test_a_glance_tells_images_from_other_files():
-    with pytest.raises(BadImage, match="not an image"):
+    with pytest.raises(BadImage, match=r"not an image"):
         glance(b"some text")
-    with pytest.raises(BadImage, match="an empty file"):
+    with pytest.raises(BadImage, match=r"an empty file"):
         glance(b"")
 
 
@@ -110,11 +110,11 @@ def test_scale_of_each_type():
 
 
 def test_unknown_ranges_and_nan_are_bad():
-    with pytest.raises(OutOfRange, match="float values from -3 to 5"):
+    with pytest.raises(OutOfRange, match=r"float values from -3 to 5"):
         to_unit(np.array([[[-3.0, 5.0]]]), None)
-    with pytest.raises(OutOfRange, match="int32"):
+    with pytest.raises(OutOfRange, match=r"int32"):
         to_unit(np.array([[[0, 1]]], dtype=np.int32), None)
-    with pytest.raises(BadImage, match="NaN"):
+    with pytest.raises(BadImage, match=r"NaN"):
         to_unit(np.array([[[0.5, np.nan]]]), (0, 1))
 
 
@@ -124,7 +124,7 @@ def test_channels_convert_between_one_and_three_only():
     np.testing.assert_array_equal(
         adapt_channels(colour, 1)[0].numpy(), np.round(RGB.astype(np.float32) @ np.float32([0.299, 0.587, 0.114]))
     )
-    with pytest.raises(InputError, match="only 1 and 3"):
+    with pytest.raises(InputError, match=r"only 1 and 3"):
         adapt_channels(torch.from_numpy(MANY[:, None].astype(np.float32))[:, 0], 3)
 
 

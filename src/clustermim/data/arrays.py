@@ -144,7 +144,10 @@ class DatasetStore:
 
     def read(self, row: int) -> np.ndarray:
         """Raw pixels (C, H, W) of a Pillow image, a tensor (C, H, W) or an array (H, W[, C])."""
-        image = item_parts(self.dataset[row])[0]
+        try:
+            image = item_parts(self.dataset[row])[0]
+        except Exception as problem:  # a Dataset of the user's may raise anything
+            raise BadImage(f"{type(problem).__name__}: {reason_of(problem)}") from None
         if isinstance(image, Image.Image):
             return from_pil(image)
         if isinstance(image, Tensor):

@@ -9,7 +9,7 @@ from typing import TypeVar
 
 import numpy as np
 
-from clustermim.data.collection import Collection, reason_of
+from clustermim.data.collection import Collection
 from clustermim.data.counted import Stream
 from clustermim.data.options import DataOptions
 from clustermim.data.pixels import BadImage, OutOfRange, adapt_channels, convertible, out_of_range_error, to_unit
@@ -111,8 +111,6 @@ def measure(collection: Collection, options: DataOptions, rows: np.ndarray, find
             image = to_unit(store.read(row), options.value_range)
         except BadImage as problem:
             return problem
-        except Exception as problem:  # a user's Dataset may raise anything
-            return BadImage(f"{type(problem).__name__}: {reason_of(problem)}")
         channels, height, width = image.shape
         if wanted is not None and convertible(channels, wanted):
             image = adapt_channels(image, wanted)

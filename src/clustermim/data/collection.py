@@ -3,7 +3,7 @@
 import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, runtime_checkable
 
 import numpy as np
 
@@ -11,6 +11,7 @@ from clustermim.data.pixels import BadImage
 from clustermim.errors import InputError
 
 
+@runtime_checkable
 class Store(Protocol):
     """Where raw images lie. Safe to read from several threads, and picklable for worker processes."""
 

@@ -1,6 +1,6 @@
 """Finding out what a source is: a name, a path of some kind, an array, a tensor, a pair or a Dataset."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sized
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
@@ -16,7 +16,8 @@ from clustermim.data.tables import from_hub, from_parquet, from_shards, from_tab
 from clustermim.data.trees import from_folder, from_image_file, from_zip
 from clustermim.errors import InputError, nearest
 
-DataLike: TypeAlias = "str | Path | np.ndarray | Tensor | tuple[Any, Any] | Dataset[Any]"
+# Sized: a Hugging Face dataset is no torch Dataset, and is not imported to say so.
+DataLike: TypeAlias = "str | Path | np.ndarray | Tensor | tuple[Any, ...] | Dataset[Any] | Sized"
 Split: TypeAlias = Literal["train", "test", "all"]
 
 SOURCE_NAMES = ("digits",)
