@@ -177,6 +177,30 @@ class TokenCounts:
         self._keys, inverse = np.unique(keys, return_inverse=True)
         self._values = np.bincount(inverse, weights=values, minlength=len(self._keys)).astype(np.int64)
 
+    def merge(self, other: "TokenCounts") -> None:
+        """Take in the counts of other images of the same plan: another process, or another shard.
+
+        Raises
+        ------
+        InputError
+            The two were made for different images, vocabularies or purposes, or share an image.
+        """
+        if (
+            self.vocab_size != other.vocab_size
+            or self.per_image != other.per_image
+            or not np.array_equal(self.plan.cells, other.plan.cells)
+        ):
+            raise InputError("Only counts of one tokenizer under one plan can be merged.")
+        if bool((self._seen & other._seen).any()):
+            raise InputError("An image was counted twice: each image may appear in the stream once.")
+        self._seen |= other._seen
+        if other._dense is not None:
+            self._dense = other._dense.clone() if self._dense is None else self._dense + other._dense.to(self._dense)
+        other._merge()
+        if len(other._keys):
+            self._pending.append((other._keys, other._values))
+            self._pending_size += len(other._keys)
+
     def rows(self) -> RowCounts:
         """The counts so far, ready to be scored.
 

@@ -28,7 +28,7 @@ from scipy import sparse
 from clustermim.errors import InputError
 from clustermim.scoring.counts import RowCounts, TokenCounts
 from clustermim.scoring.figures import FIGURES, class_walk, figures
-from clustermim.scoring.folds import ArrayLike, checked_integers, plan_images
+from clustermim.scoring.folds import ArrayLike, ImagePlan, checked_integers, plan_images
 from clustermim.scoring.intervals import basic_intervals, bootstrap_figures
 from clustermim.scoring.sums import TokenSummer
 
@@ -78,9 +78,17 @@ class TokenScore:
     """0: plug-in only."""
     bootstrap: int
     seed: int
+    seconds_tokenizing: float | None = None
+    """Time the tokenizer took, where the score was made from images."""
+    seconds_counting: float | None = None
+    """Time that counting its tokens added."""
     notes: tuple[str, ...] = ()
     """What the reader must be told."""
     intervals: Mapping[str, tuple[float, float]] = field(default_factory=dict, repr=False)
+    replicates: Mapping[str, np.ndarray] = field(default_factory=dict, repr=False, compare=False)
+    """Each figure in each bootstrap replicate, (bootstrap,); what `compare` pairs."""
+    plan: ImagePlan = field(repr=False, compare=False)
+    """The images, folds and resampling units scored on."""
     classes: np.ndarray = field(repr=False, compare=False)
     """Label value of each class, (L,)."""
     prior: np.ndarray = field(repr=False, compare=False)
@@ -242,6 +250,7 @@ def score_counts(counts: TokenCounts, *, bootstrap: int = 0, seed: int = 0) -> T
     cells = rows.by_cell()
     values, matrices = _estimate(cells)
     intervals: dict[str, tuple[float, float]] = {}
+    replicates: dict[str, np.ndarray] = {}
     notes = list(plan.notes)
     if bootstrap:
         if not counts.per_image:
@@ -269,6 +278,8 @@ def score_counts(counts: TokenCounts, *, bootstrap: int = 0, seed: int = 0) -> T
         seed=seed,
         notes=tuple(notes),
         intervals=intervals,
+        replicates=replicates,
+        plan=plan,
         classes=plan.classes,
         tokens=rows.tokens,
         token_classes=_token_classes(cells),

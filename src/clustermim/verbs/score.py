@@ -1,0 +1,271 @@
+"""`clustermim tcas`: score tokenizers with labelled images, before any training."""
+
+import json as json_text
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+from cyclopts import Parameter
+from rich.console import Console, Group
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+from rich.text import Text
+
+from clustermim.data.loaders import make_loader
+from clustermim.data.options import DEFAULTS, DataOptions
+from clustermim.data.sources import open_source, require_labels
+from clustermim.errors import InputError
+from clustermim.runs import atomic_write
+from clustermim.scoring.advice import advise, with_interval
+from clustermim.scoring.stored import open_ids
+from clustermim.scoring.stream import score_ids, score_stream
+from clustermim.scoring.tcas import TokenScore, check_options
+from clustermim.tokenizers.tokenizer import Tokenizer, load_tokenizer
+from clustermim.training.launch import Device, resolve_device
+from clustermim.verbs.score_page import score_page
+
+CONTROLS = frozenset({"identity", "random", "random-centroids", "position", "oracle"})
+
+
+@dataclass(frozen=True, kw_only=True)
+class TcasResult:
+    """Scores by name of tokenizer, in the order given."""
+
+    scores: Mapping[str, TokenScore]
+    kinds: Mapping[str, str]
+    """Kind of each tokenizer; `ids` for stored ids."""
+    data: str
+    """What was scored on."""
+    class_names: Sequence[str] | None
+    """Name of each label."""
+
+    @property
+    def controls(self) -> frozenset[str]:
+        """Names that are there for comparison."""
+        return frozenset(name for name, kind in self.kinds.items() if kind in CONTROLS)
+
+    @property
+    def advice(self) -> list[str]:
+        """Sentences that say what to make of the scores."""
+        return advise(self.scores, self.controls)
+
+    @property
+    def notes(self) -> list[str]:
+        """What the reader must be told, each once."""
+        return list(dict.fromkeys(note for score in self.scores.values() for note in score.notes))
+
+    def rows(self) -> list[dict[str, Any]]:
+        """One flat record a tokenizer: every figure with its interval."""
+        return [
+            {"tokenizer": name, "kind": self.kinds[name], "data": self.data}
+            | score.to_dict()
+            | {"notes": " ".join(score.notes)}
+            for name, score in self.scores.items()
+        ]
+
+    def html(self) -> str:
+        """The scores as a self-contained page."""
+        return score_page(
+            self.scores,
+            data=self.data,
+            controls=self.controls,
+            advice=self.advice,
+            notes=self.notes,
+            class_names=self.class_names,
+        )
+
+    def __rich__(self) -> Group:
+        """A table, alignment first, and the advice."""
+        some = next(iter(self.scores.values()))
+        crossfit = some.alignment_crossfit is not None
+        end = "_crossfit" if crossfit else ""
+        how = f"cross-fitted in {some.folds} folds" if crossfit else "plug-in"
+        table = Table(
+            title=f"Tokens against {some.num_classes} classes of {some.images:,} images of {self.data} ({how})",
+            caption="TCAS has three readings here: walk, rows (grows with K) and cosine. Plug-in flatters large "
+            "vocabularies. [..]: 95 % interval.",
+            title_justify="left",
+            caption_justify="left",
+        )
+        table.add_column("tokenizer", no_wrap=True)
+        for title in (
+            "K",
+            "used",
+            "alignment ↑",
+            "labelling error ↓",
+            "TCAS walk ↓",
+            "TCAS rows ↓",
+            "TCAS cosine ↓",
+            *(["alignment, plug-in"] if crossfit else []),
+            "NMI ↑",
+            "perplexity",
+        ):
+            table.add_column(title, justify="right", no_wrap=title.startswith("alignment"))
+        for name, score in self.scores.items():
+            table.add_row(
+                name,
+                f"{score.vocab_size:,}",
+                f"{score.used_tokens:,}",
+                with_interval(score, f"alignment{end}"),
+                *(
+                    _short(getattr(score, f"{figure}{end}"))
+                    for figure in ("labelling_error", "tcas", "tcas_rows", "tcas_cosine")
+                ),
+                *([_short(score.alignment)] if crossfit else []),
+                _short(score.nmi),
+                f"{score.perplexity:,.1f}",
+                style="dim" if name in self.controls else None,
+            )
+        lines = [Text(line) for line in self.advice] + [Text(f"Note: {note}", style="yellow") for note in self.notes]
+        return Group(table, *lines)
+
+
+def tcas(
+    tokenizer: Annotated[Any, Parameter(name="--tokenizer", consume_multiple=True, negative="")] = (),
+    data: Annotated[Any, Parameter()] = None,
+    *,
+    ids: Path | None = None,
+    bootstrap: int = 200,
+    crossfit: bool = True,
+    seed: int = 0,
+    json: Path | None = None,
+    html: Path | None = None,
+    batch_size: int = 256,
+    device: Device = "auto",
+    workers: int | None = None,
+    options: Annotated[DataOptions, Parameter(name="*")] = DEFAULTS,
+) -> TcasResult:
+    """Score tokenizers with labelled images, before any training.
+
+    Every figure says how well tokens line up with classes; alignment leads: 0 for tokens independent of class, 1 for
+    tokens that belong to one class each. All tokenizers are scored in one pass over the images.
+
+    Parameters
+    ----------
+    tokenizer
+        Folders of fitted tokenizers and controls, or hf:owner/name.
+    data
+        Labelled images: digits (the default), a folder, .zip, .npz, .tif or parquet; in Python also (images, labels)
+        or a Dataset. The train split, unless #test or #all says otherwise. Image size and channels are the tokenizers'.
+    ids
+        Stored token ids (a file or folder of `clustermim tokenize`) instead of tokenizers and images.
+    bootstrap
+        Resamples of the images for 95 % intervals; 0 for none.
+    crossfit
+        Judge tokens on images they were not counted on.
+    seed
+        Seed of the folds and resamples.
+    json
+        Write the table's rows to this file.
+    html
+        Write a page with tables of tokens and classes to this file.
+    batch_size
+        Images tokenized at a time.
+    device
+        Where tokens are computed.
+    workers
+        Processes that read images; default: as the source needs.
+    options
+        How the images are read.
+
+    Returns
+    -------
+    TcasResult
+        `scores`, a `TokenScore` for each tokenizer by name, and `advice`.
+
+    Raises
+    ------
+    InputError
+        No labels, a single class, a tokenizer that does not fit the images, unreadable ids.
+    """
+    check_options(bootstrap, seed)
+    if isinstance(tokenizer, str | Path | Tokenizer):
+        tokenizer = [tokenizer]
+    for target in (json, html):
+        if target is not None and target.is_dir():
+            raise InputError(f"{target} is a folder; name a file to write to.")
+    common: dict[str, Any] = {"bootstrap": bootstrap, "crossfit": crossfit, "seed": seed}
+    if ids is not None:
+        if len(tokenizer) or data is not None:
+            raise InputError("Give either --ids, or --tokenizer with --data; stored ids bring their own labels.")
+        stored = open_ids(ids)
+        name = stored.path.stem
+        score = score_ids(
+            stored.parts(), stored.labels, stored.vocab_size, num_classes=None, groups=stored.groups, **common
+        )
+        result = TcasResult(scores={name: score}, kinds={name: "ids"}, data=str(ids), class_names=stored.classes)
+    else:
+        if not len(tokenizer):
+            raise InputError("There is nothing to score: give --tokenizer DIR [DIR ...], or --ids FILE.")
+        result = _score_images(
+            tokenizer, "digits" if data is None else data, batch_size, device, workers, options, common
+        )
+    if json is not None:
+        atomic_write(json, json_text.dumps(result.rows(), indent=2) + "\n")
+    if html is not None:
+        atomic_write(html, result.html())
+    return result
+
+
+def _score_images(
+    specs: Sequence[Any],
+    data: Any,
+    batch_size: int,
+    device: Device,
+    workers: int | None,
+    options: DataOptions,
+    common: dict[str, Any],
+) -> TcasResult:
+    where = resolve_device(device)
+    tokenizers = _named([(spec, load_tokenizer(spec)) for spec in specs])
+    # What the options leave open is what the first tokenizer was made for; the others must agree.
+    source = open_source(data, next(iter(tokenizers.values())).fill_options(options))
+    console = Console(stderr=True)
+    if message := source.skipped_message():
+        console.print(message, markup=False, highlight=False)
+    labels = require_labels(source, "TCAS")
+    for tokenizer in tokenizers.values():
+        tokenizer.check_matches(source.view)
+    loader = make_loader(source, batch_size=batch_size, train=False, device=where, workers=workers)
+    for tokenizer in tokenizers.values():
+        tokenizer.to(where)
+    with Progress(
+        TextColumn("tokenizing"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("images"),
+        TimeRemainingColumn(),
+        console=console,
+        disable=not console.is_terminal,
+    ) as progress:
+        task = progress.add_task("", total=len(source))
+        scores = score_stream(
+            tokenizers,
+            loader.epoch(),
+            labels,
+            groups=source.groups,
+            on_batch=lambda images: progress.advance(task, images),
+            **common,
+        )
+    kinds = {name: tokenizer.kind for name, tokenizer in tokenizers.items()}
+    return TcasResult(scores=scores, kinds=kinds, data=source.name, class_names=source.classes)
+
+
+def _named(loaded: Sequence[tuple[Any, Tokenizer]]) -> dict[str, Tokenizer]:
+    """Short names: the folder's own, the whole path where two folders share it, a number where that repeats too."""
+    paths = [str(spec) if isinstance(spec, str | Path) else "" for spec, _ in loaded]
+    tails = [
+        Path(path).name if path else f"{one.kind}-{one.vocab_size}"
+        for path, (_, one) in zip(paths, loaded, strict=True)
+    ]
+    named: dict[str, Tokenizer] = {}
+    for path, tail, (_, one) in zip(paths, tails, loaded, strict=True):
+        stem = tail if tails.count(tail) == 1 or not path else path
+        name = next(n for n in [stem, *(f"{stem} ({i})" for i in range(2, len(loaded) + 2))] if n not in named)
+        named[name] = one
+    return named
+
+
+def _short(value: float | None) -> str:
+    return "-" if value is None else f"{value:.3f}" if value < 100 else f"{value:,.0f}"

@@ -1,0 +1,125 @@
+"""The page of `clustermim tcas --html`: the scores, then which classes and tokens are bad."""
+
+from collections.abc import Collection, Mapping, Sequence
+from typing import Any
+
+from clustermim.render.figures import Point, interval_chart
+from clustermim.render.page import Column, Page, Section
+from clustermim.scoring.tcas import TokenScore
+
+READINGS = (("tcas", "TCAS, walk"), ("tcas_rows", "TCAS, rows"), ("tcas_cosine", "TCAS, cosine"))
+
+
+def score_page(
+    scores: Mapping[str, TokenScore],
+    *,
+    data: str,
+    controls: Collection[str],
+    advice: Sequence[str],
+    notes: Sequence[str],
+    class_names: Sequence[str] | None,
+) -> str:
+    """The page as HTML.
+
+    Parameters
+    ----------
+    scores
+        Name of tokenizer -> score.
+    data
+        What was scored on.
+    controls
+        Names that are there for comparison.
+    advice, notes
+        Sentences.
+    class_names
+        Name of each label; None to show the numbers.
+    """
+    some = next(iter(scores.values()))
+    end = "" if some.alignment_crossfit is None else "_crossfit"
+    page = Page(f"Token scores on {data}", lead=advice)
+    part = page.section("Scores")
+    if notes:
+        part.note(*notes)
+    part.chart(
+        interval_chart(
+            [
+                Point(
+                    name=name,
+                    value=getattr(score, f"alignment{end}"),
+                    low=getattr(score, f"alignment{end}_low"),
+                    high=getattr(score, f"alignment{end}_high"),
+                    muted=name in controls,
+                )
+                for name, score in scores.items()
+            ],
+            x_label="alignment, cross-fitted" if end else "alignment, plug-in",
+        ),
+        description="Alignment of each tokenizer with its 95 % interval",
+        caption="0: tokens independent of class. 1: every token belongs to one class. Bars are 95 % intervals.",
+    )
+    _score_table(part, scores, controls, end)
+    part.paragraph(
+        "TCAS = ‖C − I‖² / L² compares a class matrix C with the identity; its C is read in three ways. **Walk**: "
+        "class to token to class. **Rows**: products of the tokens' class distributions; it grows with the vocabulary. "
+        "**Cosine**: similarity of the classes' token histograms. Cross-fitted figures judge tokens on images that "
+        "they were not counted on; plug-in figures do not, and flatter large vocabularies."
+    )
+    for name, score in scores.items():
+        _details(page.section(name), score, class_names)
+    return page.html()
+
+
+def _score_table(part: Section, scores: Mapping[str, TokenScore], controls: Collection[str], end: str) -> None:
+    def figure(key: str, title: str, best: Any) -> Column:
+        return Column(key=key, title=title, low=f"{key}_low", high=f"{key}_high", best=best)
+
+    columns = [
+        Column(key="tokenizer", title="Tokenizer", kind="text"),
+        Column(key="vocab_size", title="K", digits=0),
+        Column(key="used_tokens", title="Used", digits=0),
+        figure(f"alignment{end}", "Alignment", "max"),
+        figure(f"labelling_error{end}", "Labelling error", "min"),
+        *(figure(f"{key}{end}", title, "min") for key, title in READINGS),
+        *([Column(key="alignment", title="Alignment, plug-in")] if end else []),
+        Column(key="nmi", title="NMI"),
+        Column(key="purity", title="Purity"),
+        Column(key="perplexity", title="Perplexity", digits=1),
+    ]
+    muted = [i for i, name in enumerate(scores) if name in controls]
+    caption = "All figures but NMI, purity and perplexity are cross-fitted." if end else "All figures are plug-in."
+    rows = [{"tokenizer": name} | score.to_dict() for name, score in scores.items()]
+    part.table(columns, rows, caption=f"{caption} Small: 95 % intervals. Grey: controls.", muted=muted)
+
+
+def _details(part: Section, score: TokenScore, class_names: Sequence[str] | None) -> None:
+    def named(row: Mapping[str, Any]) -> dict[str, Any]:
+        keys = ("class", "second_class", "confused_with")
+        names = {key: str(row[key]) if class_names is None else class_names[row[key]] for key in keys if key in row}
+        return dict(row) | names
+
+    part.table(
+        [
+            Column(key="class", title="Class", kind="text"),
+            Column(key="share", title="Share"),
+            Column(key="stays", title="Walk stays"),
+            Column(key="stays_lift", title="times chance"),
+            Column(key="confused_with", title="Confused with", kind="text"),
+            Column(key="lift", title="times chance"),
+        ],
+        [named(row) for row in score.class_rows()],
+        caption="Classes, worst first. How often a walk class → token → class comes back, and where else it leads.",
+    )
+    part.table(
+        [
+            Column(key="token", title="Token", kind="text"),
+            Column(key="patches", title="Patches", digits=0),
+            Column(key="class", title="Class", kind="text"),
+            Column(key="class_share", title="its share"),
+            Column(key="second_class", title="Second", kind="text"),
+            Column(key="second_share", title="its share"),
+            Column(key="entropy", title="Entropy (nats)"),
+            Column(key="error_share", title="Part of error"),
+        ],
+        [named(row) for row in score.token_rows(limit=20)],
+        caption="The 20 tokens that add most to the labelling error.",
+    )

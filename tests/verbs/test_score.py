@@ -1,0 +1,112 @@
+"""`clustermim tcas` as it is used: on tokenizers and images, on stored ids, and on what cannot be scored."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from rich.console import Console
+
+from clustermim.cli import run
+from clustermim.errors import InputError
+from clustermim.scoring.tcas import score_tokens
+from clustermim.verbs.score import tcas
+from clustermim.verbs.tokenize_images import tokenize
+from clustermim.verbs.tokenizer_fit import fit_tokenizer
+
+CONTROLS = ("identity", "random", "oracle")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """Digits tokenizers in folders: K-means and the controls that bracket it."""
+    home = tmp_path_factory.mktemp("tokenizers")
+    fit_tokenizer("digits", k=16, patch_size=2, out=home / "pixel-16")
+    for kind in CONTROLS:
+        fit_tokenizer("digits", k=16, patch_size=2, kind=kind, out=home / kind)
+    return home
+
+
+def text_of(result):
+    console = Console(width=220, record=True, file=open("/dev/null", "w"))  # noqa: PTH123, SIM115
+    console.print(result)
+    return console.export_text()
+
+
+def test_one_pass_brackets_the_tokens_by_the_controls(folder, tmp_path):
+    result = tcas(
+        [folder / name for name in ("pixel-16", *CONTROLS)],
+        bootstrap=20,
+        json=tmp_path / "scores.json",
+        html=tmp_path / "scores.html",
+    )
+    score = {name: result.scores[name] for name in result.scores}
+    assert score["identity"].alignment == 1 and score["identity"].alignment_crossfit == 0
+    assert abs(score["random"].alignment_crossfit) < 0.005
+    assert score["oracle"].alignment_crossfit == pytest.approx(1, abs=1e-12)
+    assert 0.02 < score["pixel-16"].alignment_crossfit < 0.9
+    rows = json.loads((tmp_path / "scores.json").read_text())
+    assert [row["tokenizer"] for row in rows] == list(score)
+    assert rows[0]["alignment_crossfit_low"] < rows[0]["alignment_crossfit"] < rows[0]["alignment_crossfit_high"]
+    assert all(not isinstance(value, list | dict) for row in rows for value in row.values())
+    page = (tmp_path / "scores.html").read_text()
+    assert page.startswith("<!doctype html>") and "pixel-16" in page and "Confused with" in page
+    shown = text_of(result)
+    assert shown.index("alignment") < shown.index("TCAS walk") < shown.index("TCAS rows") < shown.index("TCAS cosine")
+    assert "pixel-16 (K=16): alignment" in shown and result.controls == set(CONTROLS)
+
+
+def test_stored_ids_score_as_their_images_do(folder, tmp_path):
+    tokenize(folder / "pixel-16", out=tmp_path / "ids.npz")
+    from_ids = tcas(ids=tmp_path / "ids.npz", bootstrap=0)
+    from_images = tcas(folder / "pixel-16", bootstrap=0)
+    held = np.load(tmp_path / "ids.npz")
+    alone = score_tokens(held["ids"], held["labels"], vocab_size=16)
+    for result in (from_ids.scores["ids"], from_images.scores["pixel-16"]):
+        assert result.alignment_crossfit == pytest.approx(alone.alignment_crossfit, abs=1e-12)
+        assert result.vocab_size == 16
+
+
+def test_tokenizers_of_one_name_are_told_apart(folder):
+    result = tcas([folder / "oracle", folder / "oracle"], bootstrap=0)
+    assert len(result.scores) == 2
+
+
+def test_the_command_line_prints_the_table_and_writes_the_files(folder, tmp_path, capsys):
+    arguments = ["tcas", "--tokenizer", str(folder / "pixel-16"), str(folder / "random"), "--data", "digits"]
+    assert run([*arguments, "--bootstrap", "10", "--json", str(tmp_path / "s.json")]) == 0
+    printed = capsys.readouterr().out
+    assert "pixel-16" in printed and "alignment" in printed
+    assert len(json.loads((tmp_path / "s.json").read_text())) == 2
+    assert run([*arguments, "--no-crossfit", "--bootstrap", "0"]) == 0
+    assert "plug-in" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({}, "nothing to score"),
+        ({"tokenizer": "x", "ids": Path("y")}, "either --ids"),
+        ({"ids": Path("none.npz")}, "no stored ids"),
+        ({"tokenizer": "none"}, "not there"),
+        ({"tokenizer": "x", "bootstrap": 1}, "bootstrap"),
+        ({"tokenizer": "x", "html": Path("/tmp")}, "is a folder"),
+    ],
+)
+def test_what_cannot_be_scored_is_refused_before_work(options, message):
+    with pytest.raises(InputError, match=message):
+        tcas(**options)
+
+
+def test_unlabelled_images_and_other_grids_are_refused(folder):
+    images = np.random.default_rng(0).integers(0, 255, (12, 8, 8), dtype=np.uint8)
+    with pytest.raises(InputError, match="label"):
+        tcas(folder / "pixel-16", images)
+    with pytest.raises(InputError, match="channel"):
+        tcas(folder / "pixel-16", (images, np.arange(12) % 2), options=_channels(3))
+
+
+def _channels(number):
+    from clustermim.data.options import DataOptions
+
+    return DataOptions(channels=number)
