@@ -3,13 +3,14 @@
 import pytest
 import timm
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
 from clustermim.data.masks import random_masks
 from clustermim.encoders.keymaps import from_mae_layout
 from clustermim.errors import InputError
 from clustermim.mim.model import build_model, split_mask, take_rows
 from clustermim.mim.targets import PixelTarget
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 SHAPES = [((8, 8), 1, 2), ((8, 12), 4, 4), ((12, 8), 3, 2)]
 

@@ -3,28 +3,32 @@
 import pytest
 import torch
 import torch.nn.functional as F
+
 from clustermim.data.masks import random_masks
 from clustermim.errors import InputError
 from clustermim.features.patches import patchify
 from clustermim.mim.model import build_model
 from clustermim.mim.targets import TARGETS, PixelTarget, TargetOptions, TokenTarget, make_target
+from clustermim.tokenizers.tokenizer import Tokenizer
 
 
-class Brightness(torch.nn.Module):
+class Brightness(Tokenizer):
     """The simplest tokenizer: how bright a patch is, in so many steps."""
 
-    def __init__(self, vocab_size=6, patch_size=2):
-        super().__init__()
-        self.vocab_size, self.patch_size, self.requires = vocab_size, patch_size, frozenset()
+    kind = "brightness"
 
-    def encode(self, images, *, index=None, labels=None):
+    def tokens(self, images, index, labels):
         bright = patchify(images, self.patch_size).mean(-1)
         return (bright * self.vocab_size).long().clamp(0, self.vocab_size - 1)
 
 
+def brightness(channels):
+    return Brightness({"vocab_size": 6, "patch_size": 2, "channels": channels, "image_size": [8, 8]})
+
+
 def options(channels, **more):
     mean, std = (0.4,) * channels, (0.3,) * channels
-    return TargetOptions(patch_size=2, mean=mean, std=std, tokenizer=Brightness(), **more)
+    return TargetOptions(patch_size=2, mean=mean, std=std, tokenizer=brightness(channels), **more)
 
 
 @pytest.mark.parametrize("name", sorted(TARGETS))
@@ -46,7 +50,7 @@ def test_smoke(name, size, channels):
         if parameter.requires_grad:
             assert parameter.grad is not None, key
             assert parameter.grad.abs().sum() > 0, key
-    assert not list(p for p in target.parameters() if p.requires_grad)
+    assert not any(p.requires_grad for p in target.parameters())
     assert target.base_lr > 0
 
 
@@ -64,7 +68,7 @@ def test_only_hidden_patches_count(name):
 
 @pytest.mark.parametrize("smoothing", [0.0, 0.2])
 def test_token_is_cross_entropy(smoothing):
-    tokenizer = Brightness()
+    tokenizer = brightness(2)
     target = TokenTarget(tokenizer, smoothing)
     images, mask = torch.rand(3, 2, 8, 4), random_masks(1, 0, torch.arange(3), 8, 0.5)
     predictions = torch.randn(3, 4, 6)

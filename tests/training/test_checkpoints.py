@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+
 from clustermim.errors import InputError
 from clustermim.training.checkpoints import Checkpoints, Due, Interval, parse_interval
 

@@ -5,6 +5,7 @@ import signal
 
 import pytest
 import torch
+
 from clustermim.errors import InputError
 from clustermim.training.launch import agree, listen_for_stop, make_fabric, resolve_device, resolve_precision
 

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+
 from clustermim.errors import NonFiniteLossError
 from clustermim.training.launch import make_fabric
 from clustermim.training.ledger import Ledger, check_weights

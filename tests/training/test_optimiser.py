@@ -1,12 +1,14 @@
 """The schedule in closed form, and what decays."""
 
 import math
+from itertools import pairwise
 
 import pytest
 import torch
-from clustermim.training.optimiser import cosine_with_warmup, make_adamw, parameter_groups, scaled_lr
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
+from clustermim.training.optimiser import cosine_with_warmup, make_adamw, parameter_groups, scaled_lr
 
 
 @given(st.integers(1, 500), st.floats(0, 0.9), st.floats(1e-6, 1))
@@ -16,8 +18,8 @@ def test_schedule(total, share, peak):
     lrs = [cosine_with_warmup(step, total, warmup, peak) for step in range(total)]
     assert all(0 < lr <= peak * (1 + 1e-12) for lr in lrs)
     assert lrs[warmup] == pytest.approx(peak)
-    assert all(a < b for a, b in zip(lrs[:warmup], lrs[1:warmup], strict=False))
-    assert all(a >= b for a, b in zip(lrs[warmup:], lrs[warmup + 1 :], strict=False))
+    assert all(a < b for a, b in pairwise(lrs[:warmup]))
+    assert all(a >= b for a, b in pairwise(lrs[warmup:]))
     assert cosine_with_warmup(total, total, warmup, peak, floor=0.0) == pytest.approx(0.0, abs=1e-12)
 
 

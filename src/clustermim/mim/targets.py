@@ -5,8 +5,8 @@ the same augmented view as the model, and works in 32 bits whatever precision th
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, NamedTuple
+from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -16,9 +16,7 @@ from torch import Tensor, nn
 from clustermim.errors import InputError, nearest
 from clustermim.features.patches import patchify
 from clustermim.mim.model import split_mask, take_rows
-
-if TYPE_CHECKING:
-    from clustermim.tokenizers.tokenizer import Tokenizer
+from clustermim.tokenizers.tokenizer import Tokenizer
 
 
 class TargetLoss(NamedTuple):
@@ -76,12 +74,12 @@ class TokenTarget(Target):
     Parameters
     ----------
     tokenizer
-        Anything with `vocab_size`, `requires` and `encode(images, index=, labels=) -> ids (B, N)`; it is not trained.
+        Gives each patch its token; it is not trained.
     label_smoothing
         Share of the probability that is spread over all tokens.
     """
 
-    def __init__(self, tokenizer: "Tokenizer", label_smoothing: float = 0.0) -> None:
+    def __init__(self, tokenizer: Tokenizer, label_smoothing: float = 0.0) -> None:
         super().__init__()
         if not 0.0 <= label_smoothing < 1.0:
             raise InputError(f"--label-smoothing {label_smoothing} must be at least 0 and below 1.")
@@ -180,7 +178,7 @@ class TargetOptions:
     patch_size: int
     mean: tuple[float, ...]
     std: tuple[float, ...]
-    tokenizer: Any = field(default=None)
+    tokenizer: Tokenizer | None = None
     label_smoothing: float = 0.0
     norm_pix: bool = True
 

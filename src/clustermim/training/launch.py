@@ -12,7 +12,8 @@ from typing import Any, Literal
 import torch
 from lightning_fabric import Fabric
 
-from clustermim.errors import InputError
+from clustermim.errors import ClusterMIMError, InputError, ResourceError
+from clustermim.runs import RunDirectory
 
 Device = Literal["auto", "cpu", "cuda", "mps"]
 Precision = Literal["auto", "32-true", "bf16-mixed"]
@@ -135,3 +136,48 @@ def listen_for_stop(max_minutes: float | None = None) -> Iterator[StopRequest]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+@contextlib.contextmanager
+def enter_on_first(fabric: Fabric, run: RunDirectory) -> Iterator[RunDirectory | None]:
+    """Hold the run directory in the first process only, but let all of them fail if it cannot be had.
+
+    Yields
+    ------
+    RunDirectory or None
+        None on all processes but the first.
+    """
+    with contextlib.ExitStack() as stack:
+        problem: ClusterMIMError | None = None
+        if fabric.is_global_zero:
+            try:
+                stack.enter_context(run)
+            except ClusterMIMError as error:
+                problem = error
+        shared: Any = fabric.broadcast(problem)
+        if shared is not None:
+            raise shared
+        yield run if fabric.is_global_zero else None
+
+
+@contextlib.contextmanager
+def memory_advice(batch_size: int) -> Iterator[None]:
+    """Turn the many forms of running out of memory into one error that says what to do.
+
+    Raises
+    ------
+    ResourceError
+        With the number to try next.
+    """
+    try:
+        yield
+    except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
+        text = str(error)
+        known = isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in text
+        if isinstance(error, ClusterMIMError) or not known:
+            raise
+        raise ResourceError(
+            f"Out of memory with a batch of {batch_size} images ({text.splitlines()[0] if text else 'no details'}). "
+            f"Add --accumulate 2 (same result, half the memory), or use a smaller --batch-size such as "
+            f"{max(1, batch_size // 2)}; then repeat the command with --resume, or choose another --out."
+        ) from error

@@ -1,7 +1,7 @@
 """Figures gathered between two log rows: kept on the device, read in one go, checked for NaN and infinity then.
 
-Reading a loss makes the host wait for the device, so it is not done every step. Still the step at which a loss ceased to
-be a number is named exactly, because each step's loss is kept until it is read.
+Reading a loss makes the host wait for the device, so it is not done every step. Still the step at which a loss ceased
+to be a number is named exactly, because each step's loss is kept until it is read.
 """
 
 import math
