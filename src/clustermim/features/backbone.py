@@ -1,7 +1,7 @@
 """Features of a pretrained timm network: patch tokens of a ViT's layer, or a CNN's feature map on the patch grid."""
 
 from collections.abc import Mapping, Sequence
-from typing import Any, Self
+from typing import Any
 
 import timm
 import torch
@@ -75,7 +75,7 @@ class BackboneFeatures(PatchFeatures):
         self.register_buffer("std", torch.tensor(list(std), dtype=torch.float32), persistent=False)
 
     @classmethod
-    def from_spec(cls, part: SpecPart, *, patch_size: int, view: ViewConfig) -> Self:
+    def from_spec(cls, part: SpecPart, *, patch_size: int, view: ViewConfig) -> "BackboneFeatures":
         """Build with weights from the hub or from a file.
 
         Raises
@@ -119,7 +119,7 @@ class BackboneFeatures(PatchFeatures):
         )
 
     @classmethod
-    def from_config(cls, config: Mapping[str, Any]) -> Self:
+    def from_config(cls, config: Mapping[str, Any]) -> "BackboneFeatures":
         """Build the empty network; needs neither hub nor file."""
         name, size = str(config["model_name"]), (int(config["size"][0]), int(config["size"][1]))
         entry = find_timm(name)

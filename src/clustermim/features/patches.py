@@ -7,7 +7,7 @@ import importlib
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Self
+from typing import Any, TypeVar
 from urllib.parse import parse_qsl, unquote
 
 import torch
@@ -16,6 +16,8 @@ from torch import Tensor, nn
 
 from clustermim.data.views import ViewConfig
 from clustermim.errors import InputError, nearest
+
+Module = TypeVar("Module", bound=nn.Module)
 
 # name -> class; imported on first use, so that `pixel` does not import timm
 _REGISTRY = {
@@ -100,12 +102,12 @@ class PatchFeatures(nn.Module, ABC):
 
     @classmethod
     @abstractmethod
-    def from_spec(cls, part: "SpecPart", *, patch_size: int, view: ViewConfig) -> Self:
+    def from_spec(cls, part: "SpecPart", *, patch_size: int, view: ViewConfig) -> "PatchFeatures":
         """Build from one part of a user's spec; may read files or the hub."""
 
     @classmethod
     @abstractmethod
-    def from_config(cls, config: Mapping[str, Any]) -> Self:
+    def from_config(cls, config: Mapping[str, Any]) -> "PatchFeatures":
         """Build from what `config` returned; the state dict is loaded afterwards."""
 
     @abstractmethod
@@ -143,9 +145,9 @@ class PatchFeatures(nn.Module, ABC):
         check_divides(height, width, self.patch_size)
         return height // self.patch_size, width // self.patch_size
 
-    def train(self, mode: bool = True) -> Self:
+    def train(self: Module, mode: bool = True) -> Module:
         """Stays in evaluation mode: batch statistics of a training loop must not change what a patch is called."""
-        return super().train(False)
+        return nn.Module.train(self, False)
 
 
 class JoinedFeatures(PatchFeatures):
@@ -159,12 +161,12 @@ class JoinedFeatures(PatchFeatures):
         self.parts = nn.ModuleList(parts)
 
     @classmethod
-    def from_spec(cls, part: "SpecPart", *, patch_size: int, view: ViewConfig) -> Self:
+    def from_spec(cls, part: "SpecPart", *, patch_size: int, view: ViewConfig) -> "JoinedFeatures":
         """Not registered under a name: `make_features` joins the parts."""
         raise NotImplementedError
 
     @classmethod
-    def from_config(cls, config: Mapping[str, Any]) -> Self:
+    def from_config(cls, config: Mapping[str, Any]) -> "JoinedFeatures":
         """Rebuild each part."""
         return cls([rebuild_features(part) for part in config["parts"]])
 

@@ -1,7 +1,7 @@
 """Pixels as features: normalised, and if wished standardised patch by patch, or with the pixels around the patch."""
 
 from collections.abc import Mapping, Sequence
-from typing import Any, Self
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -65,7 +65,7 @@ class PixelFeatures(PatchFeatures):
         self.register_buffer("std", torch.tensor(list(std), dtype=torch.float32))
 
     @classmethod
-    def from_spec(cls, part: SpecPart, *, patch_size: int, view: ViewConfig) -> Self:
+    def from_spec(cls, part: SpecPart, *, patch_size: int, view: ViewConfig) -> "PixelFeatures":
         """Build for a view, whose mean and std become those of the features."""
         part.check_options(["standardise", "context"])
         if part.argument is not None or part.file is not None:
@@ -82,7 +82,7 @@ class PixelFeatures(PatchFeatures):
         return made
 
     @classmethod
-    def from_config(cls, config: Mapping[str, Any]) -> Self:
+    def from_config(cls, config: Mapping[str, Any]) -> "PixelFeatures":
         """The inverse of `config`."""
         keys = ("patch_size", "mean", "std", "standardise", "context")
         return cls(config["spec"], **{key: config[key] for key in keys})
@@ -107,8 +107,8 @@ class PixelFeatures(PatchFeatures):
         values = torch.addcmul(offset, windows, scale)
         if not self.standardise:
             return values
-        variance, mean = torch.var_mean(values, dim=2, correction=0, keepdim=True)
-        return (values - mean) * torch.rsqrt(variance + _EPSILON)
+        values = values - values.mean(dim=2, keepdim=True)
+        return values * torch.rsqrt(values.square().mean(dim=2, keepdim=True) + _EPSILON)
 
     def _windows(self, images: Float[Tensor, "b c h w"]) -> Float[Tensor, "b n d"]:
         margin = (self.window - self.patch_size) // 2

@@ -41,8 +41,7 @@ class Assigner:
         c = centroids.float()
         self.shift = torch.zeros(self.dim, device=c.device)
         if metric == "l2":
-            # Eight significant bits: small integers and halves stay exact, so that exact ties remain ties.
-            self.shift = c.mean(0).bfloat16().float()
+            self.shift = _coarse_mean(c)
             c = c - self.shift
             c = torch.cat([c, -0.5 * c.square().sum(1, keepdim=True)], 1)
         self.group = _group(self.size) if c.device.type == "cpu" and self.size >= _GROUPED_FROM else 0
@@ -90,6 +89,14 @@ class Assigner:
             best = spread.amax(1).max(1).indices
             ids[where] = best * self.group + spread[order[: len(block)], :, best].max(1).indices
         return ids
+
+
+def _coarse_mean(c: Float[Tensor, "k d"]) -> Float[Tensor, " d"]:
+    """The mean, rounded to a power of two near the spread: whole numbers stay exact, so that exact ties remain ties."""
+    mean = c.mean(0)
+    spread = float((c - mean).square().mean().sqrt())
+    step = 2.0 ** math.floor(math.log2(spread)) if spread > 0.0 else 1.0
+    return (mean / step).round() * step
 
 
 def _group(size: int) -> int:

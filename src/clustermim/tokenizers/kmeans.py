@@ -158,15 +158,19 @@ class _Sums:
         return (self.counts == 0).nonzero()[:, 0]
 
 
-def _assign_pass(data: RowStream | RowsInMemory, centroids: Tensor, metric: FitMetric, worst: int) -> _Sums:
-    """Assign every row once and add up the clusters; keep the `worst` rows of largest error if asked."""
+def add_up(
+    data: RowStream | RowsInMemory, centroids: Tensor, metric: FitMetric, worst: int, *, exact_order: bool
+) -> _Sums:
+    """Assign every row once and add up the clusters; keep the `worst` rows of largest error if asked.
+
+    `exact_order`: float64 sums in the order of the rows, for a CPU. Elsewhere adds are atomic and come in any order,
+    so they are made in integers, where order does not matter: each value is rounded to a multiple of 1/scale, far
+    below float32's own step.
+    """
     k, dim = centroids.shape
     assign = Assigner(centroids, metric)
     counts = torch.zeros(k, dtype=torch.int64)
-    # On a CPU, float64 sums in the order of the rows. Elsewhere adds are atomic and their order is not fixed, so they
-    # are made in integers, where order does not matter: a row is a multiple of 1/scale, far below float32's own step.
-    on_cpu = centroids.device.type == "cpu"
-    sums = torch.zeros(k, dim, dtype=torch.float64 if on_cpu else torch.int64, device=centroids.device)
+    sums = torch.zeros(k, dim, dtype=torch.float64 if exact_order else torch.int64, device=centroids.device)
     assert data.num_rows is not None
     scale = 2.0 ** min(62 - math.ceil(math.log2(max(data.largest * data.num_rows, 1e-30))), 100)
     far = centroids.new_empty(0, dim)
@@ -175,7 +179,7 @@ def _assign_pass(data: RowStream | RowsInMemory, centroids: Tensor, metric: FitM
     for block in data():
         ids = assign(block)
         counts += torch.bincount(ids, minlength=k).cpu()
-        sums.index_add_(0, ids, block.double() if on_cpu else (block * scale).round().long())
+        sums.index_add_(0, ids, block.double() if exact_order else (block * scale).round().long())
         rows += len(block)
         if worst:
             error = torch.cat([far_error, (block - centroids[ids]).square().sum(1)])
@@ -186,7 +190,7 @@ def _assign_pass(data: RowStream | RowsInMemory, centroids: Tensor, metric: FitM
             far, far_error = torch.cat([far, block])[order], error[order]
     if rows != data.num_rows:
         raise InputError(f"The patches changed between two passes: {data.num_rows} at first, {rows} now.")
-    exact = sums.cpu().double() / (1.0 if on_cpu else scale)
+    exact = sums.cpu().double() / (1.0 if exact_order else scale)
     c = centroids.cpu().double()
     inertia = data.square_sum - 2.0 * float((c * exact).sum()) + float((c.square().sum(1) * counts).sum())
     return _Sums(exact, counts, max(inertia, 0.0), far)
@@ -236,7 +240,7 @@ def _steps(
     reseeded = False
     worst = 0  # rows to remember; only a pass after one with empty clusters pays for that
     for step in range(most):
-        found = _assign_pass(data, centroids, metric, worst)
+        found = add_up(data, centroids, metric, worst, exact_order=centroids.device.type == "cpu")
         empty = len(found.empty)
         mean = found.inertia / max(data.num_rows or 0, 1)
         history.append({"stage": stage, "rows": data.num_rows or 0, "inertia": mean, "empty": empty})

@@ -10,7 +10,7 @@ from abc import abstractmethod
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar, TypeVar
 
 import safetensors.torch
 import torch
@@ -27,6 +27,8 @@ from clustermim.errors import InputError, nearest
 from clustermim.features.patches import PatchFeatures, check_divides, rebuild_features
 from clustermim.runs import atomic_save, atomic_write
 from clustermim.tokenizers.codebook import Codebook
+
+Module = TypeVar("Module", bound=nn.Module)
 
 # kind -> class; imported on first use
 KINDS = {
@@ -103,6 +105,7 @@ class Tokenizer(
             ) from None
         self.features = None
         self.codebook = None
+        self.eval()
 
     @property
     def grid(self) -> tuple[int, int]:
@@ -240,9 +243,9 @@ class Tokenizer(
             digest.update(value.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
         return digest.hexdigest()[:16]
 
-    def train(self, mode: bool = True) -> Self:
+    def train(self: Module, mode: bool = True) -> Module:
         """Stays in evaluation mode, whatever module it is part of."""
-        return super().train(False)
+        return nn.Module.train(self, False)
 
     def rows(self) -> list[dict[str, Any]]:
         """What it is and how it was made, as one flat record."""

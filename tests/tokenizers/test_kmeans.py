@@ -1,0 +1,198 @@
+"""K-means against scikit-learn's and against plain loops, its properties, and what it refuses."""
+
+import itertools
+from collections.abc import Callable, Iterable
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from sklearn.cluster import KMeans
+
+import clustermim.tokenizers.kmeans as kmeans_module
+import clustermim.tokenizers.streams as streams
+from clustermim.errors import InputError
+from clustermim.tokenizers.kmeans import KMeansResult, fit_kmeans
+
+Blocks = Callable[[], Iterable[torch.Tensor]]
+
+
+def cut(x: torch.Tensor, rows: int) -> Blocks:
+    return lambda: iter(torch.split(x, rows))
+
+
+def gaussian(seed: int, *shape: int) -> torch.Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def blobs(seed: int, n: int, centres: int, dim: int, spread: float) -> torch.Tensor:
+    middle = 4 * gaussian(seed, centres, dim)
+    return middle[torch.arange(n) % centres] + spread * gaussian(seed + 1, n, dim)
+
+
+def naive_inertia(x: torch.Tensor, result: KMeansResult) -> float:
+    return float(torch.cdist(x.double(), result.centroids.double()).min(1).values.square().sum())
+
+
+SETS = {
+    "noise": lambda: gaussian(0, 3000, 8),
+    "blobs": lambda: blobs(1, 4000, 12, 6, 0.6),
+    "uneven": lambda: torch.cat([gaussian(2, 3000, 5), 8 + 0.1 * gaussian(3, 100, 5), 20 * gaussian(4, 30, 5)]),
+    "offset": lambda: 1000 + blobs(5, 3000, 9, 4, 1.0),
+    "thin": lambda: gaussian(6, 2000, 1).repeat(1, 3) + 0.01 * gaussian(7, 2000, 3),
+}
+
+
+@pytest.mark.parametrize("name", SETS)
+@pytest.mark.parametrize("k", [2, 12, 60])
+def test_inertia_is_at_most_half_a_percent_above_scikit_learn_s(name: str, k: int) -> None:
+    x = SETS[name]()
+    ours = fit_kmeans(cut(x, 700), k, seed=0)
+    theirs = KMeans(k, n_init=1, random_state=0).fit((x - x.mean(0)).numpy())
+    assert ours.inertia <= 1.005 * theirs.inertia_
+    assert ours.inertia == pytest.approx(naive_inertia(x, ours), rel=1e-4)
+    assert int(ours.counts.sum()) == ours.num_rows == len(x)
+
+
+def test_well_parted_groups_are_found() -> None:
+    result = fit_kmeans(cut(blobs(1, 2000, 10, 6, 0.01), 300), 10)
+    middle = 4 * gaussian(1, 10, 6)
+    assert (result.counts == 200).all()
+    assert float(torch.cdist(result.centroids, middle).min(1).values.max()) < 0.01
+
+
+def test_centroids_are_means_and_the_inertia_falls() -> None:
+    x = gaussian(0, 5000, 6)
+    result = fit_kmeans(cut(x, 512), 7, tol=0.0, max_passes=500)
+    ids = torch.cdist(x.double(), result.centroids.double()).argmin(1)
+    assert torch.equal(torch.bincount(ids, minlength=7), result.counts)
+    for i in range(7):
+        torch.testing.assert_close(result.centroids[i], x[ids == i].mean(0), atol=1e-4, rtol=1e-4)
+    falling = [step["inertia"] for step in result.history if step["stage"] == "full"]
+    assert all(b <= a * (1 + 1e-9) for a, b in itertools.pairwise(falling))
+    assert result.counts.tolist() == sorted(result.counts.tolist(), reverse=True)
+
+
+@pytest.fixture
+def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Sample and blocks so small that tiny data take the road of large data."""
+    monkeypatch.setattr(streams, "BLOCK", 256)
+
+
+@pytest.mark.parametrize("metric", ["l2", "cosine"])
+@pytest.mark.usefixtures("small_blocks")
+def test_batches_change_nothing_and_seeds_do(metric: str) -> None:
+    x = gaussian(3, 5000, 5)
+    runs = [fit_kmeans(cut(x, rows), 9, metric=metric, seed=1, sample_size=700) for rows in (1, 100, 256, 999, 5000)]  # type: ignore[arg-type]
+    for other in runs[1:]:
+        assert torch.equal(other.centroids, runs[0].centroids)
+        assert torch.equal(other.counts, runs[0].counts) and other.inertia == runs[0].inertia
+    assert any(step["rows"] == 5000 and step["stage"] == "full" for step in runs[0].history)
+    assert not torch.equal(fit_kmeans(cut(x, 100), 9, metric=metric, seed=2).centroids, runs[0].centroids)  # type: ignore[arg-type]
+
+
+@pytest.mark.usefixtures("small_blocks")
+def test_no_global_randomness() -> None:
+    x = gaussian(3, 1000, 3)
+    torch.manual_seed(0)
+    first = fit_kmeans(cut(x, 100), 5)
+    state = torch.get_rng_state()
+    second = fit_kmeans(cut(x, 100), 5)
+    assert torch.equal(first.centroids, second.centroids) and torch.equal(state, torch.get_rng_state())
+
+
+@pytest.mark.usefixtures("small_blocks")
+def test_the_sample_is_uniform_and_each_prefix_too() -> None:
+    x = torch.arange(20_000.0)[:, None]
+    with streams.PassProgress("rows", show=False) as bar:
+        stream = streams.RowStream(cut(x, 333), unit=False, bar=bar)
+        sample = streams.draw_sample(stream, 2, 0, 2000)[:, 0]
+    assert stream.num_rows == 20_000 and stream.largest == 19_999
+    assert len(sample) == 2000 == len(sample.unique())
+    for rows in (200, 2000):
+        assert abs(float(sample[:rows].mean()) - 10_000) < 4 * 5774 / rows**0.5
+
+
+def test_spherical_k_means() -> None:
+    directions = torch.nn.functional.normalize(gaussian(0, 6, 12), dim=1)
+    lengths = 0.1 + 5 * torch.rand(1200, 1, generator=torch.Generator().manual_seed(1))
+    x = lengths * (directions[torch.arange(1200) % 6] + 0.02 * gaussian(2, 1200, 12))
+    result = fit_kmeans(cut(x, 100), 6, metric="cosine")
+    torch.testing.assert_close(result.centroids.norm(dim=1), torch.ones(6))
+    assert (result.counts == 200).all()
+    cosine = torch.nn.functional.normalize(x, dim=1) @ result.centroids.t()
+    assert result.inertia == pytest.approx(float((2 - 2 * cosine.max(1).values).sum()), rel=1e-3)
+    assert float((directions @ result.centroids.t()).max(1).values.min()) > 0.999
+
+
+@pytest.mark.usefixtures("small_blocks")
+def test_empty_clusters_move_to_the_rows_of_largest_error() -> None:
+    # Four far rows that the sample will miss: only the full passes can find them.
+    x = torch.cat([0.1 * gaussian(0, 4000, 2), torch.tensor([[50.0, 0], [0, 50], [-50, 0], [0, -50]])])
+    start = torch.cat([0.1 * gaussian(0, 2, 2), 1e4 + gaussian(1, 4, 2)])  # four centroids that no row is near
+    data = streams.RowsInMemory(x)
+    history: list[dict[str, float | int | str]] = []
+    found, centroids = kmeans_module._steps(data, start, "l2", 20, 1e-3, history, "full")
+    assert [step["empty"] for step in history][:3] == [4, 4, 0]
+    assert not len(found.empty)
+    assert float(torch.cdist(x[-4:], centroids).min(1).values.max()) < 1e-4
+
+
+@pytest.mark.usefixtures("small_blocks")
+@settings(deadline=None, max_examples=15)
+@given(k=st.integers(2, 24), copies=st.integers(1, 60), seed=st.integers(0, 99))
+def test_as_many_clusters_as_distinct_rows(k: int, copies: int, seed: int) -> None:
+    """Rows that repeat: each distinct one gets its own centroid, however rare."""
+    points = torch.stack([torch.arange(k) % 5, torch.arange(k) // 5], 1).float()
+    x = torch.cat([points, points[:1].expand(k * copies, 2)])
+    x = x[torch.randperm(len(x), generator=torch.Generator().manual_seed(seed))]
+    result = fit_kmeans(cut(x, 50), k, seed=seed, sample_size=2 * k)
+    assert (result.counts > 0).all() and result.inertia < 1e-6
+    with pytest.raises(InputError, match=f"{k} among {len(x)}"):
+        fit_kmeans(cut(x, 50), k + 1, seed=seed)
+
+
+def test_integer_sums_agree_with_float_sums(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The order-free sums that accelerators use, tried on the CPU."""
+    x = 5 * gaussian(0, 3000, 4)
+    plain = kmeans_module.add_up(streams.RowsInMemory(x), x[:8].clone(), "l2", 0, exact_order=True)
+    fixed = kmeans_module.add_up(streams.RowsInMemory(x), x[:8].clone(), "l2", 0, exact_order=False)
+    torch.testing.assert_close(fixed.sums, plain.sums, rtol=1e-12, atol=1e-6)
+    assert torch.equal(fixed.counts, plain.counts) and fixed.inertia == pytest.approx(plain.inertia, rel=1e-9)
+
+
+@pytest.mark.parametrize("k", [-1, 0, 1])
+def test_fewer_than_two_clusters(k: int) -> None:
+    with pytest.raises(InputError, match="at least 2"):
+        fit_kmeans(cut(gaussian(0, 50, 2), 10), k)
+
+
+def test_more_clusters_than_distinct_rows() -> None:
+    x = torch.tensor([[0.0, 1.0], [-0.0, 1.0], [2.0, 3.0], [4.0, 5.0]]).repeat(100, 1)
+    with pytest.raises(InputError, match="3 among 400"):
+        fit_kmeans(cut(x, 10), 4)
+    assert fit_kmeans(cut(x, 10), 3).inertia < 1e-6
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_values_that_are_not_finite(bad: float) -> None:
+    x = gaussian(0, 500, 3)
+    x[321, 1] = bad
+    with pytest.raises(InputError, match="NaN or infinity"):
+        fit_kmeans(cut(x, 100), 4)
+
+
+def test_no_rows_and_rows_that_change() -> None:
+    with pytest.raises(InputError, match="empty"):
+        fit_kmeans(lambda: iter(()), 4)
+    sizes = iter([5000, 4000, 4000])
+    with pytest.raises(InputError, match="5000 at first, 4000 now"):
+        fit_kmeans(lambda: iter([gaussian(0, next(sizes), 2)]), 4, sample_size=1000)
+
+
+def test_zero_vectors_have_no_direction_and_do_no_harm() -> None:
+    x = gaussian(0, 300, 4)
+    x[::3] = 0
+    result = fit_kmeans(cut(x, 50), 5, metric="cosine")
+    assert np.isfinite(result.inertia) and torch.isfinite(result.centroids).all()
