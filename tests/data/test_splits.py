@@ -11,7 +11,7 @@ from clustermim.errors import InputError
 LABELS = st.lists(st.integers(0, 4), min_size=5, max_size=120).map(np.array)
 
 
-@settings(deadline=None, max_examples=50)
+@settings(deadline=None, max_examples=25)
 @given(LABELS, st.floats(0.05, 0.9), st.integers(0, 99))
 def test_every_class_gives_its_share(labels, fraction, seed):
     test = hold_out(labels, fraction, seed)
@@ -26,7 +26,7 @@ def test_the_seed_changes_the_choice():
     assert not np.array_equal(hold_out(labels, 0.2, 0), hold_out(labels, 0.2, 1))
 
 
-@settings(deadline=None, max_examples=50)
+@settings(deadline=None, max_examples=25)
 @given(LABELS, st.integers(2, 20), st.integers(0, 99))
 def test_groups_stay_whole(labels, count, seed):
     groups = np.arange(len(labels)) % count
@@ -49,7 +49,7 @@ def test_one_group_cannot_be_split():
         hold_out(np.arange(10) % 2, 0.2, 0, np.zeros(10))
 
 
-@settings(deadline=None, max_examples=50)
+@settings(deadline=None, max_examples=25)
 @given(LABELS, st.integers(1, 130), st.integers(0, 99))
 def test_a_limit_keeps_the_classes(labels, limit, seed):
     rows = np.arange(len(labels)) * 3

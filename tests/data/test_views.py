@@ -29,7 +29,7 @@ def by_torchvision(image, boxes, place, size):
     return reference.horizontal_flip(view) if boxes.flip[place] else view
 
 
-@settings(deadline=None, max_examples=25)
+@settings(deadline=None, max_examples=15)
 @given(
     st.tuples(st.integers(5, 40), st.integers(5, 40)),
     st.tuples(st.integers(3, 40), st.integers(3, 40)),
@@ -52,7 +52,7 @@ def test_train_views_equal_torchvision(stored, size, channels, floats, seed):
         assert torch.allclose(train_view(images[place], one(boxes, place), view), expected, atol=1e-5)
 
 
-@settings(deadline=None, max_examples=50)
+@settings(deadline=None, max_examples=15)
 @given(st.tuples(st.integers(1, 300), st.integers(1, 300)), st.integers(0, 10**6))
 def test_draws_lie_inside_the_image(size, index):
     boxes = draw(0, 0, torch.tensor([index]), torch.tensor([size]), config((8, 8)))
@@ -96,7 +96,7 @@ def test_no_flip_means_no_flip():
     assert not boxes.flip.any()
 
 
-@settings(deadline=None, max_examples=25)
+@settings(deadline=None, max_examples=15)
 @given(st.tuples(st.integers(4, 50), st.integers(4, 50)), st.tuples(st.integers(2, 30), st.integers(2, 30)))
 def test_eval_views_crop_the_centre_and_resize(stored, size):
     images = torch.randint(0, 256, (3, 2, *stored), dtype=torch.uint8)

@@ -33,6 +33,10 @@ class ArrayStore:
         """Raw pixels (C, H, W)."""
         return np.ascontiguousarray(self.images[row].transpose(2, 0, 1))
 
+    def block(self, rows: np.ndarray) -> np.ndarray:
+        """Raw pixels (n, C, H, W) of many images at once."""
+        return np.ascontiguousarray(self.images[rows].transpose(0, 3, 1, 2))
+
     def glance(self, row: int) -> None:
         """Nothing to be seen without reading."""
 

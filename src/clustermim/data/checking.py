@@ -9,6 +9,7 @@ from typing import TypeVar
 
 import numpy as np
 
+from clustermim.data.arrays import ArrayStore
 from clustermim.data.collection import Collection
 from clustermim.data.counted import Stream
 from clustermim.data.options import DataOptions
@@ -25,6 +26,8 @@ SAMPLE = 2_000
 """Images measured for mean, standard deviation, size and channels."""
 MOST_BAD = 0.1
 """Share of bad images above which a source is refused."""
+
+_BLOCK = 256  # images of an array measured at once
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -117,6 +120,8 @@ def measure(collection: Collection, options: DataOptions, rows: np.ndarray, find
         pixels = to_float(image).flatten(1).double()
         return (channels, height, width), pixels.mean(1).numpy(), pixels.square().mean(1).numpy()
 
+    if isinstance(store, ArrayStore):
+        rows = _measure_blocks(store, options, rows, findings)
     outside: list[OutOfRange] = []
     for row, found in zip(rows, in_threads(look, rows), strict=True):
         if isinstance(found, OutOfRange):
@@ -128,6 +133,25 @@ def measure(collection: Collection, options: DataOptions, rows: np.ndarray, find
     if outside:
         low, high = min(problem.low for problem in outside), max(problem.high for problem in outside)
         raise out_of_range_error(collection.name, low, high, outside[0].kind)
+
+
+def _measure_blocks(store: ArrayStore, options: DataOptions, rows: np.ndarray, findings: Findings) -> np.ndarray:
+    """Note what can be noted of an array a block at a time; returns the rows of blocks with a bad image in them."""
+    left: list[np.ndarray] = []
+    for block in np.array_split(rows, range(_BLOCK, len(rows), _BLOCK)):
+        try:
+            images = to_unit(store.block(block), options.value_range)
+        except BadImage:
+            left.append(block)
+            continue
+        shape = images.shape[1:]
+        if options.channels is not None and convertible(shape[0], options.channels):
+            images = adapt_channels(images, options.channels)
+        pixels = to_float(images).flatten(2).double()
+        findings.shapes[block] = shape
+        moments = zip(pixels.mean(2).numpy(), pixels.square().mean(2).numpy(), strict=True)
+        findings.moments.update(zip(block.tolist(), moments, strict=True))
+    return np.concatenate(left) if left else rows[:0]
 
 
 def choose_channels(collection: Collection, options: DataOptions, findings: Findings) -> int:

@@ -295,8 +295,11 @@ def _residents(source: ImageSource, device: torch.device, must: bool) -> Shaped[
     first = source[0][0]
     if not must and first.numel() * first.element_size() * len(source) > _RESIDENT_SHARE * free_memory(device):
         return None
-    images = torch.empty((len(source), *first.shape), dtype=first.dtype)
-    for place, image in enumerate(in_threads(lambda index: source[index][0], range(len(source)))):
+    whole = source.whole()
+    images = torch.empty((len(source), *first.shape), dtype=first.dtype) if whole is None else whole
+    for place, image in enumerate(
+        in_threads(lambda index: source[index][0], range(len(source) if whole is None else 0))
+    ):
         if image.shape != first.shape:
             if not must:
                 return None

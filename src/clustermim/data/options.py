@@ -2,15 +2,27 @@
 
 import math
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from cyclopts import Parameter
+from cyclopts import Parameter, Token
 
 from clustermim.errors import InputError
 
+
+def _whole_numbers(kind: Any, tokens: Sequence[Token]) -> tuple[int, ...]:
+    """The numbers behind an option that takes one or more of them."""
+    try:
+        return tuple(int(token.value) for token in tokens)
+    except ValueError:
+        typed = " ".join(token.value for token in tokens)
+        raise ValueError(f"a size in pixels is one or two whole numbers, not {typed!r}") from None
+
+
 _LIST = Parameter(consume_multiple=True, negative="")
+# Of "one number or several" cyclopts would read one; so the tokens are taken as they come.
+_SIZES = Parameter(consume_multiple=True, negative="", n_tokens=-1, converter=_whole_numbers)
 _PAIR = Parameter(negative="")
 
 
@@ -18,7 +30,7 @@ _PAIR = Parameter(negative="")
 class DataOptions:
     """How images are read, split and viewed; what is left out takes the source's own default."""
 
-    image_size: Annotated[tuple[int, ...] | int | None, _LIST] = None
+    image_size: Annotated[int | tuple[int, ...] | None, _SIZES] = None
     """Size of a view in pixels: one number, or height and width. Default: that of the images if all are equal, else
     224."""
 

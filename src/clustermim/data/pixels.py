@@ -37,13 +37,13 @@ def out_of_range_error(where: str, low: float, high: float, kind: str) -> InputE
     )
 
 
-def to_unit(pixels: np.ndarray, value_range: tuple[float, float] | None) -> Shaped[Tensor, "c h w"]:
+def to_unit(pixels: np.ndarray, value_range: tuple[float, float] | None) -> Shaped[Tensor, "*n c h w"]:
     """Stored values as a tensor: uint8 as it is, everything else as float32 in [0, 1].
 
     Parameters
     ----------
     pixels
-        (C, H, W) uint8, uint16, another integer type, or float.
+        (C, H, W), or several as (n, C, H, W): uint8, uint16, another integer type, or float.
     value_range
         The values that become 0 and 1; values beyond are clipped. None: the full range of uint8 or uint16, 0 to 1 of
         floats.

@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from clustermim.data import checking
+from clustermim.data.arrays import ArrayStore
 from clustermim.data.collection import Collection
 from clustermim.data.counted import Stream
 from clustermim.data.options import DEFAULTS, DataOptions
@@ -96,6 +97,16 @@ class ImageSource(Dataset[tuple[Tensor, int | None]]):
                 f"this large are not all checked when it is opened; repair or remove this one."
             ) from None
         return adapt_channels(image, self.channels), None if self.labels is None else int(self.labels[index])
+
+    def whole(self) -> Shaped[Tensor, "n c h w"] | None:
+        """All images at once where they are in memory as one array, else None."""
+        store = self.collection.store
+        if not isinstance(store, ArrayStore):
+            return None
+        try:
+            return adapt_channels(to_unit(store.block(self._rows), self.options.value_range), self.channels)
+        except BadImage:
+            return None  # reading them one by one names the bad one
 
     @cached_property
     def view(self) -> ViewConfig:
