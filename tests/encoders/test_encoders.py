@@ -1,5 +1,6 @@
 """One suite for every kind of encoder: shapes, determinism, batch splits, rectangles, 1, 3 and 5 channels."""
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 
@@ -137,3 +138,14 @@ def test_grey_images_serve_a_colour_encoder_and_the_reverse() -> None:
     with torch.no_grad():
         torch.testing.assert_close(colour(image).cls, colour(image.expand(-1, 3, -1, -1)).cls)
         torch.testing.assert_close(grey(image.expand(-1, 3, -1, -1)).cls, grey(image).cls, rtol=1e-4, atol=1e-4)
+
+
+def test_timm_alone_builds_the_encoder_of_a_run(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "run", 5)
+    model = json.loads((run / "manifest.json").read_text())["model"]
+    plain = timm.create_model(
+        model["name"], **model["kwargs"], num_classes=0, checkpoint_path=str(run / "encoder.safetensors")
+    ).eval()
+    images = torch.rand(3, 5, HEIGHT, WIDTH)
+    with torch.no_grad():
+        torch.testing.assert_close(open_encoder(run)(images).cls, plain((images - 0.4) / 0.3), rtol=1e-5, atol=1e-5)

@@ -15,8 +15,8 @@ import torch
 from jaxtyping import Bool, Float, Int64
 from torch import Tensor
 
-WEIGHT_DECAYS = tuple(10.0 ** (-half / 2) for half in range(17))
-"""1 to 10⁻⁸ in half decades, the strongest first: each fit starts from the one before."""
+WEIGHT_DECAYS = tuple(10.0 ** (-half / 2) for half in range(-4, 17))
+"""100 to 10⁻⁸ in half decades, the strongest first: each fit starts from the one before."""
 
 _HISTORY = 10
 _LARGEST_COVARIANCE = 8192
