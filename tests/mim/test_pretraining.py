@@ -5,13 +5,14 @@ import signal
 
 import numpy as np
 import pytest
+import timm
 import torch
 
 from clustermim.data.loaders import make_loader
 from clustermim.data.sources import open_source
 from clustermim.errors import InputError, NonFiniteLossError, Stopped
 from clustermim.mim.estimate import estimate
-from clustermim.mim.model import build_model
+from clustermim.mim.model import MaskedImageModel, initialise
 from clustermim.mim.pretraining import PretrainConfig, choose_attention, train
 from clustermim.mim.targets import PixelTarget, TargetLoss
 from clustermim.runs import RunDirectory
@@ -19,6 +20,15 @@ from clustermim.training.checkpoints import Checkpoints, Interval
 from clustermim.training.launch import listen_for_stop, make_fabric
 
 IMAGES = np.random.default_rng(0).integers(0, 256, (44, 6, 4, 2), dtype=np.uint8)
+
+
+def tiny_model(mean, std):
+    """Far smaller than any preset, because these tests write a checkpoint at every other step."""
+    sizes = {"img_size": (6, 4), "patch_size": 2, "in_chans": 2, "embed_dim": 32, "depth": 2, "num_heads": 2}
+    encoder = timm.create_model("vit_tiny_patch16_224", **sizes, num_classes=0)
+    model = MaskedImageModel(encoder, 8, decoder_dim=16, decoder_depth=1, decoder_heads=2, mean=mean, std=std)
+    initialise(model, 0)
+    return model
 
 
 class Troublesome(PixelTarget):
@@ -49,10 +59,7 @@ def go(
     fabric = make_fabric("cpu", 1, precision)
     source = open_source(IMAGES)
     view = source.view
-    model, _ = build_model(
-        "vit_micro", image_size=(6, 4), patch_size=2, channels=2, output_dim=8, mean=view.mean, std=view.std,
-        decoder_dim=16, decoder_depth=1, decoder_heads=2,
-    )  # fmt: skip
+    model = tiny_model(view.mean, view.std)
     target = target or PixelTarget(2, view.mean, view.std, norm_pix=False)
     loader = make_loader(source, batch_size=config.part_size(1), train=True, seed=config.seed)
     with RunDirectory(folder, "pretrain", {}, resume=resume) as run, listen_for_stop(max_minutes) as stop:
@@ -82,10 +89,10 @@ def test_it_learns_and_says_so(tmp_path):
 
 
 def test_stopped_after_every_step_and_resumed_is_bit_identical(tmp_path):
-    options = {"epochs": 2, "clip_grad": 1.0, "accumulate": 2, "log_every": 3}
+    options = {"batch_size": 16, "clip_grad": 1.0, "accumulate": 2, "log_every": 4}
     whole, _, rows = go(tmp_path / "whole", **options)
-    for step in range(1, 10):
-        with pytest.raises(Stopped, match=f"step {step} of 10") as stopped:
+    for step in range(1, 6):
+        with pytest.raises(Stopped, match=f"step {step} of 6") as stopped:
             go(tmp_path / "parts", **options, resume=step > 1, max_minutes=0.0)
         assert stopped.value.exit_code == 75
     parts, _, resumed = go(tmp_path / "parts", **options, resume=True)
@@ -161,9 +168,7 @@ def test_bf16_is_near_and_keeps_32_bit_weights(tmp_path):
 
 def test_estimate_runs():
     fabric, source = make_fabric("cpu"), open_source(IMAGES)
-    model, _ = build_model(
-        "vit_micro", image_size=(6, 4), patch_size=2, channels=2, output_dim=8, mean=[0.5] * 2, std=[0.3] * 2
-    )
+    model = tiny_model([0.5] * 2, [0.3] * 2)
     config = PretrainConfig(epochs=7, batch_size=40, base_lr=1e-3, accumulate=2)
     loader = make_loader(source, batch_size=20, train=True)
     found = estimate(fabric, model, PixelTarget(2, [0.5] * 2, [0.3] * 2), loader, config)

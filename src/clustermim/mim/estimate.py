@@ -11,7 +11,7 @@ from lightning_fabric import Fabric
 from clustermim.data.loaders import Loader
 from clustermim.data.masks import hidden_count
 from clustermim.mim.model import MaskedImageModel
-from clustermim.mim.pretraining import PretrainConfig, choose_attention, make_masks, masked_loss
+from clustermim.mim.pretraining import PretrainConfig, choose_attention, compiled, make_masks, masked_loss
 from clustermim.mim.targets import Target
 from clustermim.training.optimiser import make_adamw
 
@@ -40,8 +40,8 @@ def estimate(
     hidden, masks = hidden_count(model.num_patches, config.mask_ratio), make_masks(config, model.num_patches)
     choose_attention(model, fabric)
     optimiser: Any = make_adamw(model, lr=1e-6)
-    forward, optimiser = fabric.setup(torch.compile(model) if config.compile else model, optimiser)
-    target = fabric.to_device(target)
+    forward, optimiser = fabric.setup(compiled(model) if config.compile else model, optimiser)
+    fabric.to_device(target)
     cuda = fabric.device.type == "cuda"
 
     taken: list[float] = []

@@ -118,14 +118,14 @@ class MaskedImageModel(nn.Module):
         is done as a matrix product on the gathered pixels.
         """
         encoder = self.encoder
-        pixels = take_rows(patchify(images, self.patch_size), visible).unflatten(-1, (-1, self.channels))
-        pixels = ((pixels - self.mean) / self.std).flatten(2)
+        pixels = take_rows(patchify(images, self.patch_size), visible)
+        pixels = normalise(pixels, self.mean, self.std)
         projection = encoder.patch_embed.proj
         tokens = F.linear(pixels, projection.weight.permute(0, 2, 3, 1).flatten(1), projection.bias)
         tokens = encoder.patch_embed.norm(tokens)
-        positions = encoder.pos_embed[0]
+        class_token, positions = _class_token_and_positions(encoder)
         tokens = tokens + positions[1:][visible]
-        first = (encoder.cls_token + positions[:1]).expand(tokens.shape[0], -1, -1)
+        first = (class_token + positions[:1]).expand(tokens.shape[0], -1, -1)
         tokens = torch.cat([first.to(tokens.dtype), tokens], dim=1)
         result: Tensor = encoder.norm(encoder.blocks(encoder.norm_pre(tokens)))
         return result
@@ -235,9 +235,25 @@ def initialise(model: MaskedImageModel, seed: int) -> None:
             nn.init.xavier_uniform_(module.weight.flatten(1), generator=generator)
             if module.bias is not None:
                 nn.init.zeros_(module.bias)
-    nn.init.normal_(model.encoder.cls_token, std=0.02, generator=generator)
+    class_token, positions = _class_token_and_positions(model.encoder)
+    nn.init.normal_(class_token, std=0.02, generator=generator)
     nn.init.normal_(model.mask_token, std=0.02, generator=generator)
-    model.encoder.pos_embed.copy_(sincos_positions(model.grid, model.encoder.embed_dim))
+    positions.copy_(sincos_positions(model.grid, model.encoder.embed_dim)[0])
+
+
+def _class_token_and_positions(encoder: VisionTransformer) -> tuple[Tensor, Tensor]:
+    """(1, 1, D) and (1+N, D); that there are such was checked when the model was built."""
+    assert encoder.cls_token is not None
+    assert encoder.pos_embed is not None
+    return encoder.cls_token, encoder.pos_embed[0]
+
+
+def normalise(
+    patches: Float[Tensor, "b n d"], mean: Float[Tensor, " c"], std: Float[Tensor, " c"]
+) -> Float[Tensor, "b n d"]:
+    """Take each channel's mean and standard deviation off patches whose channels come last, as `patchify` cuts them."""
+    pixels = patches.reshape(*patches.shape[:2], -1, len(mean))
+    return ((pixels - mean) / std).flatten(2)
 
 
 def split_mask(

@@ -8,7 +8,7 @@ from typing import Any, Protocol, runtime_checkable
 
 import torch
 from lightning_fabric import Fabric
-from timm.layers import Attention
+from timm.layers.attention import Attention
 from torch import Tensor, nn
 
 from clustermim.data.loaders import Batch, Loader
@@ -168,8 +168,8 @@ def train(
     hidden, masks = hidden_count(model.num_patches, config.mask_ratio), make_masks(config, model.num_patches)
     choose_attention(model, fabric)
     optimiser: Any = make_adamw(model, lr=peak, weight_decay=config.weight_decay)
-    forward, optimiser = fabric.setup(torch.compile(model) if config.compile else model, optimiser)
-    target = fabric.to_device(target)
+    forward, optimiser = fabric.setup(compiled(model) if config.compile else model, optimiser)
+    fabric.to_device(target)
     ledger = Ledger(fabric, _ADVICE)
     done, seconds, row = restore(checkpoints, model, optimiser, ledger, run)
     saving = Due(config.checkpoint_every, done)
@@ -177,6 +177,8 @@ def train(
     marked_at = done
 
     with TrainingProgress(total, "pretrain", start=done, show=fabric.is_global_zero) as progress:
+        if done:
+            progress.say(f"Continuing from the checkpoint of step {done} of {total}.")
         for epoch in range(done // steps, config.epochs):
             parts = loader.epoch(epoch, start=(done % steps) * config.accumulate)
             for step in range(done, (epoch + 1) * steps):
@@ -248,12 +250,18 @@ def restore(
     return done, seconds, row
 
 
+def compiled(model: nn.Module) -> nn.Module:
+    """The model behind `torch.compile`, sharing its weights."""
+    found: Any = torch.compile(model)
+    return found  # type: ignore[no-any-return]
+
+
 def choose_attention(model: nn.Module, fabric: Fabric) -> None:
     """On a CPU in bfloat16, write attention out as products: PyTorch's fused backward is ten times slower there."""
     if fabric.device.type == "cpu" and "bf16" in str(fabric.strategy.precision.precision):
         for module in model.modules():
             if isinstance(module, Attention):
-                module.fused_attn = False
+                module.fused_attn = False  # type: ignore[misc]  # final only for TorchScript
 
 
 def unsynchronised(fabric: Fabric, forward: Any, wanted: bool) -> contextlib.AbstractContextManager[Any]:

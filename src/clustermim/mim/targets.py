@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from clustermim.errors import InputError, nearest
 from clustermim.features.patches import patchify
-from clustermim.mim.model import split_mask, take_rows
+from clustermim.mim.model import normalise, split_mask, take_rows
 from clustermim.tokenizers.tokenizer import Tokenizer
 
 
@@ -151,8 +151,8 @@ class PixelTarget(Target):
         """See `Target.forward`."""
         with torch.no_grad():
             _, hidden = split_mask(mask, predictions.shape[1])
-            pixels = take_rows(patchify(images.float(), self.patch_size), hidden).unflatten(-1, (-1, len(self.mean)))
-            pixels = ((pixels - self.mean) / self.std).flatten(2)
+            pixels = take_rows(patchify(images.float(), self.patch_size), hidden)
+            pixels = normalise(pixels, self.mean, self.std)
             if self.norm_pix:
                 variance, centre = torch.var_mean(pixels, dim=-1, keepdim=True)
                 pixels = (pixels - centre) / (variance + 1e-6).sqrt()
