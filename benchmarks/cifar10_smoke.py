@@ -4,9 +4,9 @@
 
 fits pixel vocabularies of four sizes and the controls, scores them all, writes the prediction down, pretrains
 ClusterMIM (K = 50) and MAE (norm-pix; with --raw also raw pixels) on one budget and one learning-rate grid, and probes
-them beside the floors. The learning rate of an arm is chosen by the linear probe's accuracy on the validation part of train; all
-runs are in the result file. Every step is a command of the public command line, printed as it runs; a killed run goes
-on where it was.
+them beside the floors. The learning rate of an arm is chosen by the linear probe's accuracy on the validation part of
+train; all runs are in the result file. Every step is a command of the public command line, printed as it runs; a killed
+run goes on where it was.
 """
 
 import argparse
