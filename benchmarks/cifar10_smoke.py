@@ -63,13 +63,14 @@ class Steps:
         self.ledger.write_text(json.dumps(self.done, indent=1))
 
 
-def pretraining_arms(work: Path, data: str, epochs: int) -> dict[str, tuple[str, str, list[str]]]:
-    """Name -> (method, learning rate, command) of every run of the grid."""
-    methods = {
+def pretraining_arms(work: Path, data: str, epochs: int, raw: bool) -> dict[str, tuple[str, str, list[str]]]:
+    """name -> (method, learning rate, command) of every run of the grid."""
+    methods: dict[str, tuple[object, ...]] = {
         "clustermim-k50": ("--target", "token", "--tokenizer", work / "pixel-k50"),
         "mae-normpix": ("--target", "pixel", "--norm-pix"),
-        "mae-raw": ("--target", "pixel", "--no-norm-pix"),
     }
+    if raw:
+        methods["mae-raw"] = ("--target", "pixel", "--no-norm-pix")
     shared = ("--model", "vit_micro", "--patch-size", 4, "--epochs", epochs, "--data", data, "--resume")
     return {
         f"{method}-lr{rate}": (
