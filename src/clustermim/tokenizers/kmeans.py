@@ -28,8 +28,9 @@ from clustermim.tokenizers.streams import Blocks, RowsInMemory, RowStream, draw_
 FitMetric = Literal["l2", "cosine"]
 Step = dict[str, float | int | str]
 
-_LEVEL_STEPS = 60
-_LEVEL_TOL = 3e-4
+_LEVEL_STEPS = 60  # at most, on each part of the sample
+_START_TOL = 1e-4  # on few rows a step costs next to nothing
+_SAMPLE_TOL = 3e-4
 
 
 @dataclass(frozen=True)
@@ -88,7 +89,7 @@ def fit_kmeans(
     max_passes
         At most so many passes over all rows (the pass that samples them not counted).
     tol
-        Stop when a full pass lowers the inertia by less than this share.
+        Stop when a full pass lowers the inertia by less than this share (1e-4 at most where all rows fit the sample).
     sample_size
         Rows held in memory; None takes 256 a cluster, at least 131,072, at most 512 MB of them.
     progress
@@ -113,8 +114,9 @@ def fit_kmeans(
         sample = draw_sample(stream, k, seed, sample_size)
         history: list[Step] = []
         centroids = _fit_sample(sample, k, metric, seed, n_init or (4 if k <= 256 else 1), history)
-        whole = len(sample) == stream.num_rows  # all of it is in memory: no need to make the features again
-        data = RowsInMemory(sample) if whole else stream
+        data: RowStream | RowsInMemory = stream
+        if len(sample) == stream.num_rows:  # all of it is in memory: steps are cheap, and nothing need be made again
+            data, tol = RowsInMemory(sample), min(tol, _START_TOL)
         found, centroids = _steps(data, centroids, metric, max(max_passes, 1), tol, history, "full")
     # The most frequent token first: legible pictures, and no trace of the start.
     order = found.counts.argsort(descending=True, stable=True)
@@ -132,7 +134,7 @@ def _fit_sample(
     part = RowsInMemory(sample[:rows])
     for start in range(n_init):
         seeds = plus_plus(sample[: min(rows, max(16 * k, 1 << 12))], k, seed, start)
-        found, centroids = _steps(part, seeds, metric, _LEVEL_STEPS, _LEVEL_TOL, history, "start")
+        found, centroids = _steps(part, seeds, metric, _LEVEL_STEPS, _START_TOL, history, "start")
         if best is None or found.inertia < best[0]:
             best = found.inertia, centroids
     assert best is not None
@@ -140,7 +142,7 @@ def _fit_sample(
     while rows < len(sample):
         rows = min(4 * rows, len(sample))
         part = RowsInMemory(sample[:rows])
-        _, centroids = _steps(part, centroids, metric, _LEVEL_STEPS, _LEVEL_TOL, history, "sample")
+        _, centroids = _steps(part, centroids, metric, _LEVEL_STEPS, _SAMPLE_TOL, history, "sample")
     return centroids
 
 
@@ -244,7 +246,7 @@ def _steps(
         empty = len(found.empty)
         mean = found.inertia / max(data.num_rows or 0, 1)
         history.append({"stage": stage, "rows": data.num_rows or 0, "inertia": mean, "empty": empty})
-        settled = before - found.inertia < tol * before and (not empty or reseeded)
+        settled = step > 0 and before - found.inertia <= tol * before and (not empty or reseeded)
         if settled or found.inertia == 0.0 or step + 1 == most:
             break
         before, reseeded = found.inertia, empty > 0 and worst > 0
