@@ -56,7 +56,7 @@ def fit_tokenizer(
         unless #test or #all says otherwise.
     features
         What a patch is described by: pixel[?standardise=true&context=12], or
-        backbone:<timm name>[@file][?layer=9&size=224]; several are joined by +.
+        backbone:NAME[@FILE][?layer=9&size=224] with a timm NAME; several are joined by +.
     k
         Vocabulary: the number of tokens.
     patch_size
