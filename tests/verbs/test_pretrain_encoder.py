@@ -114,7 +114,7 @@ def test_killed_at_three_random_steps_and_resumed_is_bit_identical(whole, tmp_pa
         while step is not None and process.is_alive():
             if step in [row["step"] for row in read_metrics(out)]:
                 process.kill()
-            time.sleep(0.002)
+            time.sleep(0.01)
         process.join()
         assert process.exitcode == (0 if step is None else -signal.SIGKILL)
         assert read_manifest(out)["status"] == ("finished" if step is None else "running")
@@ -123,6 +123,14 @@ def test_killed_at_three_random_steps_and_resumed_is_bit_identical(whole, tmp_pa
     resumed, unbroken = ([(row["step"], row["loss"], row["lr"]) for row in read_metrics(x)] for x in (out, whole.out))
     assert resumed == unbroken
     assert run(command) == 0
+
+
+@pytest.mark.slow
+def test_two_processes_equal_one(whole, tmp_path):
+    command = [sys.executable, "-m", "clustermim", "pretrain", "--devices", "2"]
+    subprocess.run([*command, *words(data="digits", out=tmp_path / "two", **WHOLE)], check=True)
+    losses = [[row["loss"] for row in read_metrics(out)] for out in (whole.out, tmp_path / "two")]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
 
 
 def test_the_config_repeats_the_run(whole, tmp_path):

@@ -119,9 +119,11 @@ class MaskedImageModel(nn.Module):
         """
         encoder = self.encoder
         pixels = take_rows(patchify(images, self.patch_size), visible)
-        pixels = normalise(pixels, self.mean, self.std)
+        pixels = normalise(pixels, self.mean, self.std).view(*visible.shape, -1, self.channels)
         projection = encoder.patch_embed.proj
-        tokens = F.linear(pixels, projection.weight.permute(0, 2, 3, 1).flatten(1), projection.bias)
+        # The pixels are brought into the order of the weight, not the weight into theirs, so that its gradient has its
+        # layout.
+        tokens = F.linear(pixels.transpose(2, 3).flatten(2), projection.weight.flatten(1), projection.bias)
         tokens = encoder.patch_embed.norm(tokens)
         class_token, positions = _class_token_and_positions(encoder)
         tokens = tokens + positions[1:][visible]
