@@ -79,7 +79,7 @@ def test_a_class_with_a_single_group_is_plug_in_only_and_told():
 def test_thin_folds_are_told_when_intervals_are_asked_for():
     ids, labels = np.arange(40).reshape(10, 4) % 3, np.arange(10) % 2
     assert not score_tokens(ids, labels).notes
-    assert "too narrow" in score_tokens(ids, labels, bootstrap=5).notes[0]
+    assert "single image" in score_tokens(ids, labels, bootstrap=5).notes[0]
 
 
 GOOD_IDS, GOOD_LABELS = np.zeros((4, 3), dtype=np.int64), [0, 1, 0, 1]

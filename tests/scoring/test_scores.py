@@ -244,7 +244,7 @@ def test_identity_is_zero_in_every_replicate(groups):
         assert plan.num_folds
     ids = np.arange(len(labels) * 4).reshape(-1, 4)
     got = bootstrap_figures(counted(ids, labels, ids.size, plan, per_image=True).rows(), plan, 50, 0)
-    zero = got["alignment_crossfit"]
+    zero = got.full["alignment_crossfit"]
     assert np.abs(zero[np.isfinite(zero)]).max() < 1e-12 and np.isfinite(zero).any()
 
 

@@ -13,7 +13,7 @@ from clustermim.scoring.comparing import compare
 from clustermim.scoring.counts import TokenCounts
 from clustermim.scoring.folds import plan_images
 from clustermim.scoring.stored import open_ids
-from clustermim.scoring.stream import gather, score_ids, score_stream
+from clustermim.scoring.stream import count_ids, gather, score_stream
 from clustermim.scoring.tcas import score_counts, score_tokens
 
 
@@ -132,7 +132,7 @@ def save(path: Path, **arrays):
 
 
 def scored(stored):
-    return score_ids(stored.parts(), stored.labels, stored.vocab_size, groups=stored.groups)
+    return score_counts(count_ids(stored.parts(), plan_images(stored.labels), stored.vocab_size))
 
 
 def test_stored_ids_score_as_they_are_from_one_file_or_several(sample, tmp_path):
@@ -223,7 +223,7 @@ def test_advice_names_the_best_and_what_the_images_cannot_show(sample):
     assert "cannot tell from tokens drawn at random" in advise({"random": scores["random"]})[0]
     assert "Only controls" in advise(scores, controls=set(scores))[0]
     # The same tokens under twice as many names: no better, and told.
-    double = ids["good"] * 2 + np.random.default_rng(0).integers(0, 2, ids["good"].shape)
+    double = ids["good"] * 2 + np.random.default_rng(1).integers(0, 2, ids["good"].shape)
     pair = {"coarse": scores["good"], "fine": score_tokens(double, labels, bootstrap=100)}
     assert "coarse" in advise(pair)[0]
     large = score_tokens(np.arange(3200).reshape(200, 16), labels, bootstrap=100)

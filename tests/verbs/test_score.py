@@ -67,6 +67,16 @@ def test_stored_ids_score_as_their_images_do(folder, tmp_path):
         assert result.vocab_size == 16
 
 
+def test_a_learning_curve_goes_into_table_rows_and_page(folder, tmp_path):
+    page = tmp_path / "curve.html"
+    result = tcas([folder / "pixel-16", folder / "random"], bootstrap=0, curve=True, html=page)
+    assert list(result.curves) == ["pixel-16"]
+    points = [row for row in result.rows() if "curve_images" in row]
+    assert [row["curve_images"] for row in points] == [point.images for point in result.curves["pixel-16"]]
+    assert points[-1]["curve_images"] == 1438 and len(result.rows()) == 2 + len(points)
+    assert "How many labels are enough" in page.read_text() and "for pixel-16" in text_of(result)
+
+
 def test_tokenizers_of_one_name_are_told_apart(folder):
     result = tcas([folder / "oracle", folder / "oracle"], bootstrap=0)
     assert len(result.scores) == 2

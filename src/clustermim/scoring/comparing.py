@@ -6,7 +6,7 @@ import numpy as np
 
 from clustermim.errors import InputError, nearest
 from clustermim.scoring.figures import FIGURES, HIGHER_IS_BETTER
-from clustermim.scoring.intervals import LEVEL
+from clustermim.scoring.intervals import LEVEL, Replicates, finite, spread
 from clustermim.scoring.tcas import TokenScore
 
 
@@ -27,8 +27,8 @@ class Comparison:
 def compare(a: TokenScore, b: TokenScore, figure: str | None = None) -> Comparison:
     """Compare two scores made with a bootstrap on the same images with the same seed.
 
-    The replicates d* of the difference are mirrored at the estimate d, as for the basic interval: 2d − d* stands for
-    the true difference. What the two tokenizers share (which images were drawn) cancels in every pair.
+    The replicates of the difference are mirrored at the estimate and rid of their excess, as for an interval
+    (`intervals.spread`). What the two tokenizers share (which images were drawn) cancels in every pair.
 
     Parameters
     ----------
@@ -50,13 +50,16 @@ def compare(a: TokenScore, b: TokenScore, figure: str | None = None) -> Comparis
         raise InputError("Both scores need the same number of bootstrap replicates; score both with bootstrap=1000.")
     if a.seed != b.seed or not _same_images(a, b):
         raise InputError("The two scores were made on different images or with different seeds, so they do not pair.")
-    if figure not in a.replicates or figure not in b.replicates:
+    ours, theirs = a.replicates, b.replicates
+    if ours is None or theirs is None or figure not in ours.full or figure not in theirs.full:
         raise InputError(f"{figure} is not known here: a class with a single image leaves plug-in figures only.")
     difference = float(getattr(a, figure) - getattr(b, figure))
-    spread = a.replicates[figure] - b.replicates[figure]
-    spread = 2 * difference - spread[np.isfinite(spread)]
-    low, high = np.quantile(spread, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
-    better = spread if figure in HIGHER_IS_BETTER else -spread
+    paired = Replicates(
+        full={figure: ours.full[figure] - theirs.full[figure]}, half={figure: ours.half[figure] - theirs.half[figure]}
+    )
+    likely = spread(difference, *finite(paired, figure), ours.widen)
+    low, high = np.quantile(likely, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
+    better = likely if figure in HIGHER_IS_BETTER else -likely
     # Rounding must not decide between tokenizers that are equal.
     equal = np.abs(better) < 1e-12
     probability = float(np.mean((better > 0) & ~equal) + np.mean(equal) / 2)

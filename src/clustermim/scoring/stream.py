@@ -13,7 +13,7 @@ from torch import Tensor
 from clustermim.data.loaders import Batch
 from clustermim.errors import InputError
 from clustermim.scoring.counts import TokenCounts
-from clustermim.scoring.folds import ArrayLike, plan_images
+from clustermim.scoring.folds import ArrayLike, ImagePlan, plan_images
 from clustermim.scoring.tcas import TokenScore, check_options, score_counts
 
 
@@ -35,22 +35,38 @@ class Encodes(Protocol):
         """Token of each patch, in [0, K)."""
 
 
-def score_stream(
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class CountedStream:
+    """What one pass over the images gave for each tokenizer."""
+
+    counts: Mapping[str, TokenCounts]
+    seconds_tokenizing: Mapping[str, float]
+    seconds_counting: Mapping[str, float]
+
+    def scores(self, *, bootstrap: int = 0, seed: int = 0) -> dict[str, TokenScore]:
+        """The scores; `bootstrap` and `seed` as for `score_tokens`."""
+        return {
+            name: dataclasses.replace(
+                score_counts(one, bootstrap=bootstrap, seed=seed),
+                seconds_tokenizing=self.seconds_tokenizing[name],
+                seconds_counting=self.seconds_counting[name],
+            )
+            for name, one in self.counts.items()
+        }
+
+
+def count_stream(
     tokenizers: Mapping[str, Encodes],
     batches: Iterable[Batch],
-    labels: ArrayLike,
+    plan: ImagePlan,
     *,
-    num_classes: int | None = None,
-    groups: ArrayLike | None = None,
-    crossfit: bool = True,
-    bootstrap: int = 0,
-    seed: int = 0,
+    per_image: bool = False,
     on_batch: Callable[[int], None] | None = None,
-) -> dict[str, TokenScore]:
-    """Score several tokenizers in one pass.
+) -> CountedStream:
+    """Count the tokens of several tokenizers in one pass.
 
     In a distributed run each process passes its own part of the images; the counts are gathered and every process
-    gets the same scores.
+    gets those of all.
 
     Parameters
     ----------
@@ -58,24 +74,22 @@ def score_stream(
         Name -> tokenizer.
     batches
         Views in [0, 1] with their index, every image once: `make_loader(..., train=False).epoch()`.
-    labels
-        Class of every image of the source, by index.
-    num_classes, groups, crossfit, bootstrap, seed
-        As for `score_tokens`.
+    plan
+        Class and fold of every image, by index.
+    per_image
+        Keep the counts of each image, which bootstrap and learning curve need.
     on_batch
         Called with the number of images after each batch.
 
     Raises
     ------
     InputError
-        As `score_tokens`; also no tokenizer.
+        No tokenizer, or a stream that does not match the plan.
     """
-    check_options(bootstrap, seed)
     if not tokenizers:
         raise InputError("There is no tokenizer to score: name at least one.")
-    plan = plan_images(labels, num_classes=num_classes, groups=groups, crossfit=crossfit, seed=seed)
     counts = {
-        name: TokenCounts(plan, tokenizer.vocab_size, per_image=bootstrap > 0) for name, tokenizer in tokenizers.items()
+        name: TokenCounts(plan, tokenizer.vocab_size, per_image=per_image) for name, tokenizer in tokenizers.items()
     }
     tokenizing, counting = dict.fromkeys(tokenizers, 0.0), dict.fromkeys(tokenizers, 0.0)
     for batch in batches:
@@ -90,14 +104,41 @@ def score_stream(
         if on_batch is not None:
             on_batch(len(batch.index))
     gather(counts)
-    return {
-        name: dataclasses.replace(
-            score_counts(one, bootstrap=bootstrap, seed=seed),
-            seconds_tokenizing=tokenizing[name],
-            seconds_counting=counting[name],
-        )
-        for name, one in counts.items()
-    }
+    return CountedStream(counts=counts, seconds_tokenizing=tokenizing, seconds_counting=counting)
+
+
+def score_stream(
+    tokenizers: Mapping[str, Encodes],
+    batches: Iterable[Batch],
+    labels: ArrayLike,
+    *,
+    num_classes: int | None = None,
+    groups: ArrayLike | None = None,
+    crossfit: bool = True,
+    bootstrap: int = 0,
+    seed: int = 0,
+    on_batch: Callable[[int], None] | None = None,
+) -> dict[str, TokenScore]:
+    """Score several tokenizers in one pass: `count_stream`, then a score of each.
+
+    Parameters
+    ----------
+    tokenizers, batches, on_batch
+        As for `count_stream`.
+    labels
+        Class of every image of the source, by index.
+    num_classes, groups, crossfit, bootstrap, seed
+        As for `score_tokens`.
+
+    Raises
+    ------
+    InputError
+        As `score_tokens`; also no tokenizer.
+    """
+    check_options(bootstrap, seed)
+    plan = plan_images(labels, num_classes=num_classes, groups=groups, crossfit=crossfit, seed=seed)
+    counted = count_stream(tokenizers, batches, plan, per_image=bootstrap > 0, on_batch=on_batch)
+    return counted.scores(bootstrap=bootstrap, seed=seed)
 
 
 def gather(counts: Mapping[str, TokenCounts]) -> None:
@@ -113,36 +154,26 @@ def gather(counts: Mapping[str, TokenCounts]) -> None:
                 counts[name].merge(one)
 
 
-def score_ids(
-    parts: Iterable[tuple[np.ndarray, np.ndarray]],
-    labels: ArrayLike,
-    vocab_size: int,
-    *,
-    num_classes: int | None = None,
-    groups: ArrayLike | None = None,
-    crossfit: bool = True,
-    bootstrap: int = 0,
-    seed: int = 0,
-) -> TokenScore:
-    """Score stored ids, part by part, so that only one part is in memory.
+def count_ids(
+    parts: Iterable[tuple[np.ndarray, np.ndarray]], plan: ImagePlan, vocab_size: int, *, per_image: bool = False
+) -> TokenCounts:
+    """Count stored ids, part by part, so that only one part is in memory.
 
     Parameters
     ----------
     parts
-        (ids (m, N), positions (m,) of those images in `labels`).
-    labels
-        Class of every image.
+        (ids (m, N), positions (m,) of those images in the plan).
+    plan
+        Class and fold of every image.
     vocab_size
         K.
-    num_classes, groups, crossfit, bootstrap, seed
-        As for `score_tokens`.
+    per_image
+        Keep the counts of each image.
     """
-    check_options(bootstrap, seed)
-    plan = plan_images(labels, num_classes=num_classes, groups=groups, crossfit=crossfit, seed=seed)
-    counts = TokenCounts(plan, vocab_size, per_image=bootstrap > 0)
+    counts = TokenCounts(plan, vocab_size, per_image=per_image)
     for ids, positions in parts:
         counts.update(torch.from_numpy(ids.astype(np.int64)), None, torch.from_numpy(positions.astype(np.int64)))
-    return score_counts(counts, bootstrap=bootstrap, seed=seed)
+    return counts
 
 
 def _clock(tensor: Tensor) -> float:

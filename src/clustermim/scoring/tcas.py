@@ -24,12 +24,13 @@ from typing import Any
 import numpy as np
 import torch
 from scipy import sparse
+from scipy.special import xlogy
 
 from clustermim.errors import InputError
 from clustermim.scoring.counts import RowCounts, TokenCounts
 from clustermim.scoring.figures import FIGURES, class_walk, figures
 from clustermim.scoring.folds import ArrayLike, ImagePlan, checked_integers, plan_images
-from clustermim.scoring.intervals import basic_intervals, bootstrap_figures
+from clustermim.scoring.intervals import Replicates, basic_intervals, bootstrap_figures
 from clustermim.scoring.sums import TokenSummer
 
 
@@ -85,8 +86,8 @@ class TokenScore:
     notes: tuple[str, ...] = ()
     """What the reader must be told."""
     intervals: Mapping[str, tuple[float, float]] = field(default_factory=dict, repr=False)
-    replicates: Mapping[str, np.ndarray] = field(default_factory=dict, repr=False, compare=False)
-    """Each figure in each bootstrap replicate, (bootstrap,); what `compare` pairs."""
+    replicates: Replicates | None = field(default=None, repr=False, compare=False)
+    """Each figure in each bootstrap replicate; what `compare` pairs."""
     plan: ImagePlan = field(repr=False, compare=False)
     """The images, folds and resampling units scored on."""
     classes: np.ndarray = field(repr=False, compare=False)
@@ -148,7 +149,7 @@ class TokenScore:
                     "class_share": float(shares[-1]),
                     "second_class": int(self.classes[order[1]]),
                     "second_share": float(shares[-2]),
-                    "entropy": float(-(shares[shares > 0] * np.log(shares[shares > 0])).sum()),
+                    "entropy": float(-xlogy(shares, shares).sum()) + 0.0,
                     "error": float(error[i]),
                     "error_share": float(part[i] / total) if total > 0 else 0.0,
                 }
@@ -250,7 +251,7 @@ def score_counts(counts: TokenCounts, *, bootstrap: int = 0, seed: int = 0) -> T
     cells = rows.by_cell()
     values, matrices = _estimate(cells)
     intervals: dict[str, tuple[float, float]] = {}
-    replicates: dict[str, np.ndarray] = {}
+    replicates = None
     notes = list(plan.notes)
     if bootstrap:
         if not counts.per_image:
@@ -258,11 +259,11 @@ def score_counts(counts: TokenCounts, *, bootstrap: int = 0, seed: int = 0) -> T
         replicates = bootstrap_figures(rows, plan, bootstrap, seed)
         if (np.unique(plan.strata, return_counts=True)[1] < 2).any():
             notes.append(
-                "Some class has a single image (or group) in a fold: the intervals miss that part of the spread and "
-                "are too narrow."
+                "Some class has a single image (or group) in a fold, whose spread is unknown: the intervals take it to "
+                "vary as the others do."
             )
         intervals = basic_intervals(values, replicates, vocab_size=counts.vocab_size)
-        lost = int(np.isnan(replicates["alignment"]).sum())
+        lost = int(np.isnan(replicates.full["alignment"]).sum())
         if lost:
             notes.append(f"{lost} of {bootstrap} resamples lost a whole class and are left out of the intervals.")
     known: dict[str, Any] = {name: values.get(name) for name in FIGURES}

@@ -2,7 +2,7 @@
 
 import json as json_text
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -14,13 +14,16 @@ from rich.text import Text
 
 from clustermim.data.loaders import make_loader
 from clustermim.data.options import DEFAULTS, DataOptions
-from clustermim.data.sources import open_source, require_labels
+from clustermim.data.sources import ImageSource, open_source, require_labels
 from clustermim.errors import InputError
 from clustermim.runs import atomic_write
 from clustermim.scoring.advice import advise, with_interval
+from clustermim.scoring.counts import TokenCounts
+from clustermim.scoring.folds import plan_images
+from clustermim.scoring.learning import CurvePoint, curve_advice, learning_curve
 from clustermim.scoring.stored import open_ids
-from clustermim.scoring.stream import score_ids, score_stream
-from clustermim.scoring.tcas import TokenScore, check_options
+from clustermim.scoring.stream import CountedStream, count_ids, count_stream
+from clustermim.scoring.tcas import TokenScore, check_options, score_counts
 from clustermim.tokenizers.tokenizer import Tokenizer, load_tokenizer
 from clustermim.training.launch import Device, resolve_device
 from clustermim.verbs.score_page import score_page
@@ -39,6 +42,8 @@ class TcasResult:
     """What was scored on."""
     class_names: Sequence[str] | None
     """Name of each label."""
+    curves: Mapping[str, Sequence[CurvePoint]] = field(default_factory=dict)
+    """Alignment against the number of labelled images, where it was asked for; controls have none."""
 
     @property
     def controls(self) -> frozenset[str]:
@@ -48,7 +53,7 @@ class TcasResult:
     @property
     def advice(self) -> list[str]:
         """Sentences that say what to make of the scores."""
-        return advise(self.scores, self.controls)
+        return advise(self.scores, self.controls) + (curve_advice(self.curves) if self.curves else [])
 
     @property
     def notes(self) -> list[str]:
@@ -56,12 +61,11 @@ class TcasResult:
         return list(dict.fromkeys(note for score in self.scores.values() for note in score.notes))
 
     def rows(self) -> list[dict[str, Any]]:
-        """One flat record a tokenizer: every figure with its interval."""
+        """One flat record a tokenizer: every figure with its interval; then one a point of its learning curve."""
+        known = {name: {"tokenizer": name, "kind": self.kinds[name], "data": self.data} for name in self.scores}
         return [
-            {"tokenizer": name, "kind": self.kinds[name], "data": self.data}
-            | score.to_dict()
-            | {"notes": " ".join(score.notes)}
-            for name, score in self.scores.items()
+            *(known[name] | score.to_dict() | {"notes": " ".join(score.notes)} for name, score in self.scores.items()),
+            *(known[name] | point.to_dict() for name, curve in self.curves.items() for point in curve),
         ]
 
     def html(self) -> str:
@@ -73,6 +77,7 @@ class TcasResult:
             advice=self.advice,
             notes=self.notes,
             class_names=self.class_names,
+            curves=self.curves,
         )
 
     def __rich__(self) -> Group:
@@ -118,7 +123,23 @@ class TcasResult:
                 style="dim" if name in self.controls else None,
             )
         lines = [Text(line) for line in self.advice] + [Text(f"Note: {note}", style="yellow") for note in self.notes]
-        return Group(table, *lines)
+        return Group(table, *([self._curve_table()] if self.curves else []), *lines)
+
+    def _curve_table(self) -> Table:
+        table = Table(
+            title="Alignment (cross-fitted) from fewer labelled images: mean, and range over the draws",
+            title_justify="left",
+        )
+        table.add_column("labelled images", justify="right")
+        for name in self.curves:
+            table.add_column(name, justify="right")
+        for points in zip(*self.curves.values(), strict=True):
+            cells = (
+                f"{p.alignment_crossfit:.3f} [{p.alignment_crossfit_min:.3f}, {p.alignment_crossfit_max:.3f}]"
+                for p in points
+            )
+            table.add_row(f"{points[0].images:,}", *cells)
+        return table
 
 
 def tcas(
@@ -127,6 +148,7 @@ def tcas(
     *,
     ids: Path | None = None,
     bootstrap: int = 200,
+    curve: bool = False,
     crossfit: bool = True,
     seed: int = 0,
     json: Path | None = None,
@@ -152,6 +174,8 @@ def tcas(
         Stored token ids (a file or folder of `clustermim tokenize`) instead of tokenizers and images.
     bootstrap
         Resamples of the images for 95 % intervals; 0 for none.
+    curve
+        Also score growing subsets of the images, to see how many labelled images are enough.
     crossfit
         Judge tokens on images they were not counted on.
     seed
@@ -185,22 +209,33 @@ def tcas(
     for target in (json, html):
         if target is not None and target.is_dir():
             raise InputError(f"{target} is a folder; name a file to write to.")
-    common: dict[str, Any] = {"bootstrap": bootstrap, "crossfit": crossfit, "seed": seed}
+    plan_options: dict[str, Any] = {"crossfit": crossfit, "seed": seed}
+    per_image = bootstrap > 0 or curve
     if ids is not None:
         if len(tokenizer) or data is not None:
             raise InputError("Give either --ids, or --tokenizer with --data; stored ids bring their own labels.")
         stored = open_ids(ids)
-        name = stored.path.stem
-        score = score_ids(
-            stored.parts(), stored.labels, stored.vocab_size, num_classes=None, groups=stored.groups, **common
-        )
-        result = TcasResult(scores={name: score}, kinds={name: "ids"}, data=str(ids), class_names=stored.classes)
+        name, origin, class_names = stored.path.stem, str(ids), stored.classes
+        plan = plan_images(stored.labels, groups=stored.groups, **plan_options)
+        counts = count_ids(stored.parts(), plan, stored.vocab_size, per_image=per_image)
+        scores, kinds = {name: score_counts(counts, bootstrap=bootstrap, seed=seed)}, {name: "ids"}
+        counted: Mapping[str, TokenCounts] = {name: counts}
     else:
         if not len(tokenizer):
             raise InputError("There is nothing to score: give --tokenizer DIR [DIR ...], or --ids FILE.")
-        result = _score_images(
-            tokenizer, "digits" if data is None else data, batch_size, device, workers, options, common
-        )
+        tokenizers = _named([(spec, load_tokenizer(spec)) for spec in tokenizer])
+        # What the options leave open is what the first tokenizer was made for; the others must agree.
+        filled = next(iter(tokenizers.values())).fill_options(options)
+        source = open_source("digits" if data is None else data, filled)
+        stream = _count(tokenizers, source, batch_size, device, workers, per_image, plan_options)
+        origin, class_names, counted = source.name, source.classes, stream.counts
+        scores = stream.scores(bootstrap=bootstrap, seed=seed)
+        kinds = {name: one.kind for name, one in tokenizers.items()}
+    curves = {}
+    if curve:
+        fitted = [name for name in counted if kinds[name] not in CONTROLS] or list(counted)
+        curves = {name: learning_curve(counted[name], seed=seed) for name in fitted}
+    result = TcasResult(scores=scores, kinds=kinds, data=origin, class_names=class_names, curves=curves)
     if json is not None:
         atomic_write(json, json_text.dumps(result.rows(), indent=2) + "\n")
     if html is not None:
@@ -208,28 +243,26 @@ def tcas(
     return result
 
 
-def _score_images(
-    specs: Sequence[Any],
-    data: Any,
+def _count(
+    tokenizers: Mapping[str, Tokenizer],
+    source: ImageSource,
     batch_size: int,
     device: Device,
     workers: int | None,
-    options: DataOptions,
-    common: dict[str, Any],
-) -> TcasResult:
+    per_image: bool,
+    plan_options: Mapping[str, Any],
+) -> CountedStream:
+    """Check everything against each other, then pass over the images once."""
     where = resolve_device(device)
-    tokenizers = _named([(spec, load_tokenizer(spec)) for spec in specs])
-    # What the options leave open is what the first tokenizer was made for; the others must agree.
-    source = open_source(data, next(iter(tokenizers.values())).fill_options(options))
     console = Console(stderr=True)
     if message := source.skipped_message():
         console.print(message, markup=False, highlight=False)
-    labels = require_labels(source, "TCAS")
-    for tokenizer in tokenizers.values():
-        tokenizer.check_matches(source.view)
+    plan = plan_images(require_labels(source, "TCAS"), groups=source.groups, **plan_options)
+    for one in tokenizers.values():
+        one.check_matches(source.view)
     loader = make_loader(source, batch_size=batch_size, train=False, device=where, workers=workers)
-    for tokenizer in tokenizers.values():
-        tokenizer.to(where)
+    for one in tokenizers.values():
+        one.to(where)
     with Progress(
         TextColumn("tokenizing"),
         BarColumn(),
@@ -240,16 +273,9 @@ def _score_images(
         disable=not console.is_terminal,
     ) as progress:
         task = progress.add_task("", total=len(source))
-        scores = score_stream(
-            tokenizers,
-            loader.epoch(),
-            labels,
-            groups=source.groups,
-            on_batch=lambda images: progress.advance(task, images),
-            **common,
+        return count_stream(
+            tokenizers, loader.epoch(), plan, per_image=per_image, on_batch=lambda n: progress.advance(task, n)
         )
-    kinds = {name: tokenizer.kind for name, tokenizer in tokenizers.items()}
-    return TcasResult(scores=scores, kinds=kinds, data=source.name, class_names=source.classes)
 
 
 def _named(loaded: Sequence[tuple[Any, Tokenizer]]) -> dict[str, Tokenizer]:

@@ -5,6 +5,8 @@ from typing import Any
 
 from clustermim.render.figures import Point, interval_chart
 from clustermim.render.page import Column, Page, Section
+from clustermim.render.score_figures import MOST_CLASSES, confusion_chart, learning_chart
+from clustermim.scoring.learning import CurvePoint
 from clustermim.scoring.tcas import TokenScore
 
 READINGS = (("tcas", "TCAS, walk"), ("tcas_rows", "TCAS, rows"), ("tcas_cosine", "TCAS, cosine"))
@@ -18,6 +20,7 @@ def score_page(
     advice: Sequence[str],
     notes: Sequence[str],
     class_names: Sequence[str] | None,
+    curves: Mapping[str, Sequence[CurvePoint]],
 ) -> str:
     """The page as HTML.
 
@@ -33,6 +36,8 @@ def score_page(
         Sentences.
     class_names
         Name of each label; None to show the numbers.
+    curves
+        Learning curves; none where they were not asked for.
     """
     some = next(iter(scores.values()))
     end = "" if some.alignment_crossfit is None else "_crossfit"
@@ -51,6 +56,8 @@ def score_page(
                     muted=name in controls,
                 )
                 for name, score in scores.items()
+                # A control at 1 by construction would press all others into a corner.
+                if name not in controls or getattr(score, f"alignment{end}") < 0.99
             ],
             x_label="alignment, cross-fitted" if end else "alignment, plug-in",
         ),
@@ -64,8 +71,11 @@ def score_page(
         "**Cosine**: similarity of the classes' token histograms. Cross-fitted figures judge tokens on images that "
         "they were not counted on; plug-in figures do not, and flatter large vocabularies."
     )
+    if curves:
+        _curves(page.section("How many labels are enough"), curves)
     for name, score in scores.items():
-        _details(page.section(name), score, class_names)
+        if name not in controls or len(controls) == len(scores):
+            _details(page.section(name), score, class_names)
     return page.html()
 
 
@@ -91,12 +101,42 @@ def _score_table(part: Section, scores: Mapping[str, TokenScore], controls: Coll
     part.table(columns, rows, caption=f"{caption} Small: 95 % intervals. Grey: controls.", muted=muted)
 
 
+def _curves(part: Section, curves: Mapping[str, Sequence[CurvePoint]]) -> None:
+    part.chart(
+        learning_chart(
+            {
+                name: (
+                    [p.images for p in points],
+                    [p.alignment_crossfit for p in points],
+                    [p.alignment_crossfit_min for p in points],
+                    [p.alignment_crossfit_max for p in points],
+                )
+                for name, points in curves.items()
+            },
+            y_label="alignment, cross-fitted",
+        ),
+        description="Alignment against the number of labelled images, a line a tokenizer",
+        caption="Mean and range over five random draws of that many images. Cross-fitted alignment is what can be "
+        "learned from so many images, so it rises until they are enough for the vocabulary.",
+    )
+
+
 def _details(part: Section, score: TokenScore, class_names: Sequence[str] | None) -> None:
     def named(row: Mapping[str, Any]) -> dict[str, Any]:
         keys = ("class", "second_class", "confused_with")
         names = {key: str(row[key]) if class_names is None else class_names[row[key]] for key in keys if key in row}
         return dict(row) | names
 
+    rows = score.class_rows()
+    order = [int((score.classes == row["class"]).argmax()) for row in rows]
+    walk = score.walk if score.walk_crossfit is None else score.walk_crossfit
+    lift = (walk / score.prior)[order][:, order]
+    part.chart(
+        confusion_chart([named(row)["class"] for row in rows], lift),
+        description="How many times more often than chance the tokens of one class lead to another",
+        caption="Where the walk class → token → class leads, in multiples of chance (1), worst class first."
+        + (f" The {MOST_CLASSES} worst classes." if len(rows) > MOST_CLASSES else ""),
+    )
     part.table(
         [
             Column(key="class", title="Class", kind="text"),
@@ -106,7 +146,7 @@ def _details(part: Section, score: TokenScore, class_names: Sequence[str] | None
             Column(key="confused_with", title="Confused with", kind="text"),
             Column(key="lift", title="times chance"),
         ],
-        [named(row) for row in score.class_rows()],
+        [named(row) for row in rows],
         caption="Classes, worst first. How often a walk class → token → class comes back, and where else it leads.",
     )
     part.table(
