@@ -110,7 +110,7 @@ def test_a_map_writes_ids_where_they_fit_and_nowhere_else() -> None:
 def test_an_image_rebuilt_of_its_own_patches_is_the_image() -> None:
     image = np.random.default_rng(0).integers(0, 256, (4, 6, 3), dtype=np.uint8)
     patches = [image[r : r + 2, c : c + 2] for r in (0, 2) for c in (0, 2, 4)]
-    assert (rebuilt(np.arange(6).reshape(2, 3), patches) == image).all()
+    assert (rebuilt(np.arange(6).reshape(2, 3), dict(enumerate(patches))) == image).all()
 
 
 def test_similarity_puts_dark_first_and_is_a_permutation() -> None:

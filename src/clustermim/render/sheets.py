@@ -5,7 +5,7 @@ HTML that wraps to the width of a phone by `page.Section.gallery`.
 """
 
 import io
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,6 +17,8 @@ from PIL import Image, ImageDraw, ImageFont
 from clustermim.render.palette import THEME
 
 _GAP = 10
+_BETWEEN = (92, 128, 172)
+"""Colour of the lines between pictures: bluish, so that grey pictures are not taken to go on in them."""
 _MARGIN = 28
 
 
@@ -65,10 +67,11 @@ def enlarge(picture: UInt8[np.ndarray, "h w 3"], height: int) -> UInt8[np.ndarra
 
 
 def mosaic(pictures: Sequence[UInt8[np.ndarray, "h w 3"]], columns: int, gap: int = 1) -> UInt8[np.ndarray, "H W 3"]:
-    """Pictures of one size side by side in rows of `columns`, row-major, on mid-grey; missing ones stay grey."""
+    """Pictures of one size side by side in rows of `columns`, row-major, with lines of `gap` pixels between them."""
     rows, columns = -(-len(pictures) // columns), min(columns, len(pictures))
     height, width = pictures[0].shape[:2]
-    canvas = np.full((rows * (height + gap) - gap, columns * (width + gap) - gap, 3), 128, dtype=np.uint8)
+    canvas = np.empty((rows * (height + gap) - gap, columns * (width + gap) - gap, 3), dtype=np.uint8)
+    canvas[:] = _BETWEEN
     for i, picture in enumerate(pictures):
         top, left = i // columns * (height + gap), i % columns * (width + gap)
         canvas[top : top + height, left : left + width] = picture
@@ -132,7 +135,7 @@ def token_map(
 
 
 def rebuilt(
-    ids: Int64[np.ndarray, "rows columns"], pictures: Sequence[UInt8[np.ndarray, "p q 3"]]
+    ids: Int64[np.ndarray, "rows columns"], pictures: Mapping[int, UInt8[np.ndarray, "p q 3"]]
 ) -> UInt8[np.ndarray, "h w 3"]:
     """The image as its tokens see it: every patch replaced by its token's picture."""
     bands = [np.concatenate([pictures[token] for token in row], axis=1) for row in ids.tolist()]
@@ -142,12 +145,13 @@ def rebuilt(
 def side_by_side(
     pictures: Sequence[UInt8[np.ndarray, "_ _ 3"]], height: int, gap: int = 4
 ) -> UInt8[np.ndarray, "h w 3"]:
-    """Pictures enlarged to one height, in a row on mid-grey."""
+    """Pictures scaled to one height, in a row, with lines of `gap` pixels between them."""
     scaled = [
         np.asarray(Image.fromarray(p).resize((round(p.shape[1] * height / p.shape[0]), height), _resampling(p, height)))
         for p in pictures
     ]
-    bar = np.full((height, gap, 3), 128, dtype=np.uint8)
+    bar = np.empty((height, gap, 3), dtype=np.uint8)
+    bar[:] = _BETWEEN
     return np.concatenate([part for picture in scaled for part in (bar, picture)][1:], axis=1)
 
 
@@ -157,7 +161,7 @@ def _resampling(picture: UInt8[np.ndarray, "h w 3"], height: int) -> Image.Resam
 
 def tile_side(count: int) -> int:
     """A height in pixels at which `count` token pictures fill one sheet and can still be told apart."""
-    return next(side for most, side in ((16, 96), (64, 72), (256, 48), (576, 36), (10**9, 26)) if count <= most)
+    return next(side for most, side in ((16, 96), (64, 75), (256, 51), (576, 36), (10**9, 26)) if count <= most)
 
 
 def picture_sheet(
@@ -196,9 +200,10 @@ def picture_sheet(
             y += 32
         size = _caption_size(group.side)
         x, line = _MARGIN, 0
-        for tile in group.tiles:
-            picture = enlarge(tile.picture, group.side)
-            box = max(picture.shape[1], round(_font(size).getlength(tile.caption)) + 2)
+        pictures = [enlarge(tile.picture, group.side) for tile in group.tiles]
+        captions = [round(_font(size).getlength(tile.caption)) + 2 for tile in group.tiles]
+        box = max([picture.shape[1] for picture in pictures] + captions)
+        for tile, picture in zip(group.tiles, pictures, strict=True):
             if x > _MARGIN and x + box > width - _MARGIN:
                 x, y, line = _MARGIN, y + line + _GAP, 0
             placed.append((x, y, tile, picture, size))

@@ -46,7 +46,7 @@ img{image-rendering:pixelated;display:block}
 .gallery li{min-width:0;font-size:.78rem;line-height:1.3;color:var(--soft);font-variant-numeric:tabular-nums;
  break-inside:avoid;overflow-wrap:anywhere}
 .gallery img{width:100%;max-width:var(--side);border:1px solid var(--rule);margin-bottom:.2rem}
-.gallery img.framed{border:3px solid var(--token)}
+.gallery img.framed{box-sizing:content-box;max-width:min(var(--side),100% - 6px);border:3px solid var(--token)}
 .bar{display:block;height:3px;max-width:var(--side);background:var(--rule);margin-bottom:.15rem}
 .bar i{display:block;height:100%;background:var(--series-1)}
 .scroll{overflow-x:auto;margin:1.25rem 0;max-width:100%}
