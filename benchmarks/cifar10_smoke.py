@@ -64,7 +64,7 @@ class Steps:
 
 
 def pretraining_arms(work: Path, data: str, epochs: int, raw: bool) -> dict[str, tuple[str, str, list[str]]]:
-    """name -> (method, learning rate, command) of every run of the grid."""
+    """The learning-rate grid: name -> (method, learning rate, command)."""
     methods: dict[str, tuple[object, ...]] = {
         "clustermim-k50": ("--target", "token", "--tokenizer", work / "pixel-k50"),
         "mae-normpix": ("--target", "pixel", "--norm-pix"),

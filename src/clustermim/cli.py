@@ -37,6 +37,7 @@ def build_app() -> App:
         help="Masked image modelling on K-means patch tokens: tokenize, score, pretrain, judge, use in timm.",
         help_format="markdown",
         version=__version__,
+        suppress_keyboard_interrupt=False,  # `run` tells it and returns the exit code
         result_action="return_value",
     )
     tokenizer = App(name="tokenizer", help="Fit tokenizers and look at them.")
@@ -45,6 +46,8 @@ def build_app() -> App:
             parent.command(f"clustermim.verbs.{target}", name=name, help=summary)
         if parent is app:
             app.command(tokenizer)
+
+    app.meta.suppress_keyboard_interrupt = False
 
     @app.meta.default
     def launch(
@@ -110,7 +113,8 @@ def run(arguments: Sequence[str]) -> int:
     except MemoryError:
         errors.print("Error: out of memory. Use a smaller --batch-size or --image-size.", style="bold red")
         return 4
-    if result is not None and hasattr(result, "__rich__"):
+    # Of several processes under torchrun or SLURM the first speaks for all.
+    if result is not None and hasattr(result, "__rich__") and os.environ.get("RANK", "0") == "0":
         # Piped output is for programs and files: no line of a table may be folded there.
         width = None if sys.stdout.isatty() else max(160, int(os.environ.get("COLUMNS", "0")))
         Console(width=width).print(result)

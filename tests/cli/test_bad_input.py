@@ -84,7 +84,7 @@ def test_unknown_key_of_a_file_names_the_nearest(fails: Invoke, tmp_path: Path) 
 
 
 def test_unknown_choice_names_the_nearest(fails: Invoke, tmp_path: Path) -> None:
-    assert 'Did you mean "token"?' in fails("pretrain", "--target", "tokn", "--out", tmp_path / "r")
+    assert "Did you mean 'token'?" in fails("pretrain", "--target", "tokn", "--out", tmp_path / "r")
 
 
 @pytest.mark.parametrize("verb", ["tokenizer fit", "pretrain"])
@@ -103,7 +103,7 @@ def test_an_unknown_source_name_names_the_nearest(fails: Invoke, tmp_path: Path)
 
 def test_an_empty_folder(fails: Invoke, tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
-    assert "no image" in fails("tokenizer", "fit", "--data", tmp_path / "empty", "--out", tmp_path / "out").lower()
+    assert "is empty" in fails("tokenizer", "fit", "--data", tmp_path / "empty", "--out", tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 
@@ -136,7 +136,7 @@ def test_more_tokens_than_distinct_patches(fails: Invoke, tmp_path: Path) -> Non
     message = fails(
         "tokenizer", "fit", "--data", tmp_path / "same.npz", "--k", 5, "--patch-size", 4, "--out", tmp_path / "out"
     )
-    assert "2 distinct" in message
+    assert "distinct patches: 2 among" in message
     assert not (tmp_path / "out").exists()
 
 
@@ -154,7 +154,7 @@ def test_tcas_and_probe_with_a_single_class(fails: Invoke, tmp_path: Path, token
 def spoil(folder: Path, count: int) -> None:
     """Truncate the first `count` images of a folder, and add a text that calls itself a picture."""
     for file in sorted(folder.rglob("*.png"))[:count]:
-        file.write_bytes(file.read_bytes()[:-20])
+        file.write_bytes(file.read_bytes()[:60])
     (folder / "zz_fake.png").write_text("not a picture")
 
 

@@ -187,7 +187,11 @@ def choose_channels(collection: Collection, options: DataOptions, findings: Find
 def bad_images_error(collection: Collection, bad: Sequence[tuple[str, str]], total: int) -> InputError:
     """The message that refuses a source for its bad images."""
     share = len(bad) / max(total, 1)
-    remedy = "or leave it to --on-bad-image skip" if share <= MOST_BAD else "or point --data at the right files"
+    remedy = (
+        "or leave it to --on-bad-image skip"
+        if share <= MOST_BAD
+        else "or point --data at the right files (up to 10 % may be skipped)"
+    )
     return InputError(
         f"{len(bad)} of the {total} files or rows of {collection.name} are no usable images: {name_some(bad)}. "
         f"Repair or remove them, {remedy}."

@@ -198,8 +198,8 @@ def pretrain(
         On SIGTERM, SIGUSR1 or at `max_minutes`, after a checkpoint.
     """
     fabric = make_fabric(device, devices, precision)
-    if target not in TARGETS:
-        make_target(target, TargetOptions(patch_size=1, mean=(), std=()))  # raises, naming the nearest
+    if target not in TARGETS or (target == "token" and tokenizer is None):
+        make_target(target, TargetOptions(patch_size=1, mean=(), std=()))  # raises, before any data is opened
     tokens = load_tokenizer(tokenizer) if target == "token" and tokenizer is not None else None
     source = open_source(data, options if tokens is None else tokens.fill_options(options))
     view = source.view
