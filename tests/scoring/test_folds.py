@@ -15,6 +15,10 @@ from clustermim.scoring.tcas import score_counts, score_tokens
 quick = settings(deadline=None, max_examples=30)
 
 
+def cells_of(plan):
+    return plan.folds * plan.num_classes + plan.labels
+
+
 @quick
 @given(st.lists(st.integers(2, 12), min_size=2, max_size=5), st.integers(0, 99))
 def test_folds_are_stratified(sizes, seed):
@@ -22,7 +26,7 @@ def test_folds_are_stratified(sizes, seed):
     plan = plan_images(labels, seed=seed)
     assert plan.num_folds == min(5, min(sizes))
     counts = np.array(
-        [[(plan.cells == f * len(sizes) + c).sum() for c in range(len(sizes))] for f in range(plan.num_folds)]
+        [[(cells_of(plan) == f * len(sizes) + c).sum() for c in range(len(sizes))] for f in range(plan.num_folds)]
     )
     assert counts.min() >= 1 and np.ptp(counts, axis=0).max() <= 1
     assert np.ptp(counts.sum(axis=1)) <= 1
@@ -44,7 +48,7 @@ def test_groups_stay_whole_and_pure_groups_reach_every_fold(groups_per_class, se
         assert len(set(plan.folds[groups == group])) == 1
     if not mixed:
         assert plan.num_folds == min(5, min(groups_per_class))
-        assert len(np.unique(plan.cells)) == plan.num_folds * len(groups_per_class)
+        assert len(np.unique(cells_of(plan))) == plan.num_folds * len(groups_per_class)
 
 
 @quick
@@ -56,8 +60,8 @@ def test_resamples_stay_inside_fold_and_class_and_keep_groups_together(seed):
     plan = plan_images(labels)
     weights = np.concatenate(list(resamples(plan, 7, seed, block=3)))
     assert weights.shape == (7, 60)
-    for cell in np.unique(plan.cells):
-        inside = plan.cells == cell
+    for cell in np.unique(cells_of(plan)):
+        inside = cells_of(plan) == cell
         assert (weights[:, inside].sum(axis=1) == inside.sum()).all()
     np.testing.assert_array_equal(weights, np.concatenate(list(resamples(plan, 7, seed, block=100))))
     groups = np.arange(60) // 3
@@ -102,7 +106,12 @@ GOOD_IDS, GOOD_LABELS = np.zeros((4, 3), dtype=np.int64), [0, 1, 0, 1]
         (GOOD_IDS[:, :0], GOOD_LABELS, {}, "shape"),
         ([[1, 2], [3]], [0, 1], {}, "differ in length"),
         (GOOD_IDS, ["a", "b", "a", "b"], {}, "array of integers"),
-        (GOOD_IDS, [[0, 1], [0, 1], [1, 1], [0, 0]], {}, "one class per image"),
+        (GOOD_IDS, np.zeros((4, 1, 1), dtype=int), {}, "one class per image"),
+        (GOOD_IDS, [[0, 1], [0, 1], [1, 1], [0, 0]], {}, "labels for 2 patches of each image, but 3 tokens"),
+        (GOOD_IDS, [[0, 1, -2], [0, 1, 1], [1, 1, 1], [0, 0, 0]], {}, "negative values"),
+        (GOOD_IDS, np.full((4, 3), -1), {}, "no class"),
+        (GOOD_IDS, np.zeros((4, 3), dtype=bool), {}, "belongs to no class"),
+        (GOOD_IDS, np.eye(4, dtype=bool)[[0, 0, 0, 0]], {}, "All 4 images have class 0"),
         (GOOD_IDS[:0], np.empty(0, dtype=np.int64), {}, "no labelled images"),
         (GOOD_IDS, GOOD_LABELS, {"groups": [0, 1]}, "groups must have one value per image"),
         (GOOD_IDS, GOOD_LABELS, {"groups": [0, 1, np.nan, 2]}, "groups holds NaN"),

@@ -128,8 +128,9 @@ def test_reweighted_counts_equal_the_naive_loops_on_copied_images(case, seed):
     plan = plan_images(labels)
     rng = np.random.default_rng(seed)
     weights = np.stack([rng.integers(0, 4, len(labels)), np.ones(len(labels), dtype=np.int64)]).astype(np.float64)
-    for cell in np.unique(plan.cells):
-        weights[0, np.flatnonzero(plan.cells == cell)[0]] = 1 + seed % 3
+    cells = plan.folds * plan.num_classes + plan.labels
+    for cell in np.unique(cells):
+        weights[0, np.flatnonzero(cells == cell)[0]] = 1 + seed % 3
     counts = counted(ids, labels, vocab, plan, per_image=True)
     got = figures(TokenSummer(counts.rows()).sums(weights))
     for row in range(2):

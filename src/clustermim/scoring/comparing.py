@@ -67,4 +67,6 @@ def compare(a: TokenScore, b: TokenScore, figure: str | None = None) -> Comparis
 
 
 def _same_images(a: TokenScore, b: TokenScore) -> bool:
-    return all(np.array_equal(getattr(a.plan, name), getattr(b.plan, name)) for name in ("cells", "units", "classes"))
+    return all(
+        np.array_equal(getattr(a.plan, name), getattr(b.plan, name)) for name in ("folds", "labels", "units", "classes")
+    )

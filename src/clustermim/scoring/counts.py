@@ -7,6 +7,7 @@ Both become the same thing in the end, a `RowCounts`: rows of token counts, each
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -27,7 +28,8 @@ MERGE_AT = 1 << 22
 class RowCounts:
     """Token counts in rows, each row belonging to one fold, one class and one resampling unit.
 
-    A row is one image when images may be re-weighted, else one (fold, class) cell of the count table.
+    A row is one image (of several classes: one image and class) when images may be re-weighted, else one
+    (fold, class) cell of the count table.
     """
 
     matrix: sparse.csr_matrix
@@ -37,6 +39,8 @@ class RowCounts:
     row_class: Int64[np.ndarray, " rows"]
     row_fold: Int64[np.ndarray, " rows"]
     num_classes: int
+    row_image: Int64[np.ndarray, " rows"] | None = None
+    """Image of each row; None where rows are cells."""
     num_folds: int
     """0 when there is no cross-fitting."""
 
@@ -76,8 +80,7 @@ class TokenCounts:
         self.vocab_size = vocab_size
         self.per_image = per_image
         self._rows = max(1, plan.num_folds) * plan.num_classes
-        self._cells = torch.from_numpy(plan.cells)
-        self._labels = torch.from_numpy(plan.classes[plan.labels])
+        self._folds = torch.from_numpy(plan.folds)
         self._seen = torch.zeros(plan.num_images, dtype=torch.bool)
         self._dense: Tensor | None = None
         self._keys = np.empty(0, dtype=np.int64)
@@ -103,7 +106,7 @@ class TokenCounts:
         ids
             Token of each patch, in [0, K), on any device.
         labels
-            Class of each image, checked against the plan; None to take the plan's.
+            Class of each image, checked against the plan; None to take the plan's, as it must be for other labels.
         index
             Position of each image in the plan.
 
@@ -130,7 +133,7 @@ class TokenCounts:
             )
         if bool(self._seen[where].any()) or len(np.unique(where.numpy())) < where.numel():
             raise InputError("An image was counted twice: each image may appear in the stream once.")
-        if labels is not None and not torch.equal(labels.detach().cpu().to(torch.int64), self._labels[where]):
+        if labels is not None and not np.array_equal(labels.detach().cpu().numpy(), self._known_labels(where)):
             raise InputError("The labels of a batch differ from the labels that the folds were made from.")
         self._seen[where] = True
         if self.per_image:
@@ -138,8 +141,14 @@ class TokenCounts:
         else:
             self._add_cells(ids, where)
 
+    def _known_labels(self, where: Tensor) -> np.ndarray:
+        known = self.plan.labels[where.numpy()]
+        return np.asarray(self.plan.classes[known] if self.plan.kind == "images" else known)
+
     def _add_cells(self, ids: Tensor, where: Tensor) -> None:
-        keys = (self._cells[where].to(ids.device)[:, None] * self.vocab_size + ids).flatten()
+        row, member, token = self.plan.spread(ids, where)
+        cells = self._folds[where].to(ids.device)[row] * self.plan.num_classes + member
+        keys = cells * self.vocab_size + token
         if self._rows * self.vocab_size <= DENSE_CELLS:
             if self._dense is None:
                 self._dense = torch.zeros(self._rows * self.vocab_size, dtype=torch.int64, device=ids.device)
@@ -148,15 +157,20 @@ class TokenCounts:
             self._push(*np.unique(keys.cpu().numpy(), return_counts=True))
 
     def _add_images(self, ids: Tensor, where: Tensor) -> None:
-        rows = torch.arange(len(where), device=ids.device)[:, None]
-        keys, counts = torch.unique_consecutive(
-            (rows * self.vocab_size + torch.sort(ids, dim=1).values).flatten(), return_counts=True
-        )
-        local = torch.div(keys, self.vocab_size, rounding_mode="floor").cpu()
-        # Keys of whole data sets fit int64 as long as images × K < 9·10^18.
-        self._push(
-            where[local].numpy() * self.vocab_size + (keys.cpu() % self.vocab_size).numpy(), counts.cpu().numpy()
-        )
+        if self.plan.kind == "images":
+            # Sorting inside each image is cheaper than sorting the batch, and as good: an image has one class.
+            ids = torch.sort(ids, dim=1).values
+        row, member, token = self.plan.spread(ids, where)
+        keys = (row * self.plan.num_classes + member) * self.vocab_size + token
+        if self.plan.kind != "images":
+            keys = torch.sort(keys).values
+        keys, counts = torch.unique_consecutive(keys, return_counts=True)
+        pair = torch.div(keys, self.vocab_size, rounding_mode="floor")
+        local = torch.div(pair, self.plan.num_classes, rounding_mode="floor").cpu()
+        images, classes = where[local].numpy(), (pair % self.plan.num_classes).cpu().numpy()
+        # Keys of whole data sets fit int64 as long as images × L × K < 9·10^18.
+        pairs = images * self.plan.num_classes + classes
+        self._push(pairs * self.vocab_size + (keys % self.vocab_size).cpu().numpy(), counts.cpu().numpy())
 
     def _push(self, keys: np.ndarray, counts: np.ndarray) -> None:
         self._pending.append((keys, counts.astype(np.int32 if self.per_image else np.int64)))
@@ -188,7 +202,8 @@ class TokenCounts:
         if (
             self.vocab_size != other.vocab_size
             or self.per_image != other.per_image
-            or not np.array_equal(self.plan.cells, other.plan.cells)
+            or not np.array_equal(self.plan.folds, other.plan.folds)
+            or not np.array_equal(self.plan.labels, other.plan.labels)
         ):
             raise InputError("Only counts of one tokenizer under one plan can be merged.")
         if bool((self._seen & other._seen).any()):
@@ -221,30 +236,26 @@ class TokenCounts:
         else:
             self._merge()
             keys, values = self._keys, self._values
-        row, token = np.divmod(keys, self.vocab_size)
+        pair, token = np.divmod(keys, self.vocab_size)
         tokens, column = _compact(token, self.vocab_size)
-        rows = self.plan.num_images if self.per_image else self._rows
-        matrix = sparse.csr_matrix((values.astype(np.float64), (row, column)), shape=(rows, len(tokens)))
+        known: dict[str, Any] = {"num_classes": self.plan.num_classes, "num_folds": self.plan.num_folds}
         if self.per_image:
-            row_class, row_fold = self.plan.labels, self.plan.folds
+            pairs, row = _compact(pair, self.plan.num_images * self.plan.num_classes)
+            known["row_image"], known["row_class"] = np.divmod(pairs, self.plan.num_classes)
+            known["row_fold"] = self.plan.folds[known["row_image"]]
         else:
-            row_fold, row_class = np.divmod(np.arange(rows), self.plan.num_classes)
-        return RowCounts(
-            matrix=matrix,
-            tokens=tokens.astype(np.int64),
-            row_class=row_class,
-            row_fold=row_fold,
-            num_classes=self.plan.num_classes,
-            num_folds=self.plan.num_folds,
-        )
+            pairs, row = np.arange(self._rows), pair
+            known["row_fold"], known["row_class"] = np.divmod(pairs, self.plan.num_classes)
+        matrix = sparse.csr_matrix((values.astype(np.float64), (row, column)), shape=(len(pairs), len(tokens)))
+        return RowCounts(matrix=matrix, tokens=tokens.astype(np.int64), **known)
 
 
-def _compact(token: np.ndarray, vocab_size: int) -> tuple[np.ndarray, np.ndarray]:
-    """The distinct tokens, ascending, and the position of each entry among them."""
-    if vocab_size > 4 * len(token) + 1024:
-        tokens, column = np.unique(token, return_inverse=True)
-        return tokens, column
-    tokens = np.flatnonzero(np.bincount(token, minlength=vocab_size))
-    place = np.empty(vocab_size, dtype=np.int64)
-    place[tokens] = np.arange(len(tokens))
-    return tokens, place[token]
+def _compact(values: np.ndarray, size: int) -> tuple[np.ndarray, np.ndarray]:
+    """The distinct values, ascending, and the position of each entry among them; all lie in [0, size)."""
+    if size > 4 * len(values) + 1024:
+        distinct, position = np.unique(values, return_inverse=True)
+        return distinct, position
+    distinct = np.flatnonzero(np.bincount(values, minlength=size))
+    place = np.empty(size, dtype=np.int64)
+    place[distinct] = np.arange(len(distinct))
+    return distinct, place[values]

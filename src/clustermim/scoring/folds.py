@@ -7,10 +7,11 @@ reads it.
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
-from jaxtyping import Int64
+import torch
+from jaxtyping import Int, Int64
 from scipy import sparse
 from torch import Tensor
 
@@ -18,6 +19,7 @@ from clustermim.errors import InputError
 
 MAX_FOLDS = 5
 
+Kind = Literal["images", "patches", "many"]
 ArrayLike = Tensor | np.ndarray | Sequence[Any]
 
 
@@ -29,8 +31,10 @@ class ImagePlan:
     what units are resampled within: one fold and one class (of a group with several classes: the commonest).
     """
 
-    labels: Int64[np.ndarray, " images"]
-    """Class of each image, as a position in `classes`."""
+    kind: Kind
+    """What is labelled: an image (one class), a patch (`patches`), or an image with any number of classes (`many`)."""
+    labels: Int64[np.ndarray, "..."]
+    """As positions in `classes`: (images,); for `patches` (images, N), −1 where ignored; for `many` (images, L) 0/1."""
     classes: Int64[np.ndarray, " classes"]
     """The label values that occur, ascending. A class without an image takes no part in any score."""
     folds: Int64[np.ndarray, " images"]
@@ -54,10 +58,38 @@ class ImagePlan:
         """L, the number of classes that occur."""
         return len(self.classes)
 
-    @property
-    def cells(self) -> Int64[np.ndarray, " images"]:
-        """The row of the count table that the patches of each image go to: fold · L + class."""
-        return np.asarray(self.folds * self.num_classes + self.labels)
+    def spread(
+        self, ids: Int[Tensor, "batch patches"], where: Int64[Tensor, " batch"]
+    ) -> tuple[Int64[Tensor, " m"], Int64[Tensor, " m"], Int64[Tensor, " m"]]:
+        """What is to be counted of a batch: row in the batch, class and token of each labelled patch.
+
+        A patch without label is left out; a patch of an image of several classes is counted in each of them.
+
+        Raises
+        ------
+        InputError
+            Another number of patches than patch labels.
+        """
+        if self.kind == "many":
+            row, member = torch.from_numpy(self.labels[where.numpy()]).to(ids.device).nonzero(as_tuple=True)
+            shape = (len(row), ids.shape[1])
+            return row[:, None].expand(shape).flatten(), member[:, None].expand(shape).flatten(), ids[row].flatten()
+        member = torch.from_numpy(self.labels[where.numpy()]).to(ids.device)
+        row = torch.arange(len(where), device=ids.device)[:, None].expand(ids.shape)
+        if self.kind == "images":
+            return row.flatten(), member[:, None].expand(ids.shape).flatten(), ids.flatten()
+        if member.shape != ids.shape:
+            raise InputError(
+                f"There are labels for {member.shape[1]} patches of each image, but {ids.shape[1]} tokens: cut masks "
+                "and images into the same patches."
+            )
+        kept = member >= 0
+        return row[kept], member[kept], ids[kept]
+
+    def part(self, images: Int64[np.ndarray, " part"], seed: int) -> "ImagePlan":
+        """A plan for some of the images, cut into folds anew; its `classes` are positions in those of this plan."""
+        labels = self.labels[images]
+        return plan_images(labels.astype(bool) if self.kind == "many" else labels, groups=self.units[images], seed=seed)
 
 
 def plan_images(
@@ -75,7 +107,8 @@ def plan_images(
     Parameters
     ----------
     labels
-        Integer class of each image, shape (images,), none negative.
+        One class per image: integers from 0, (images,). Or one per patch: integers from 0, (images, N), −1 where the
+        patch is to be ignored. Or any number per image: bool, (images, L).
     num_classes
         Number of classes the labels come from; a label at or above it is an error. Default: no check.
     groups
@@ -95,52 +128,46 @@ def plan_images(
     InputError
         Labels that are missing, negative, not integers, too large, or all of one class; groups of another length.
     """
-    given = checked_integers(labels, "labels")
-    if given.ndim != 1:
-        raise InputError(f"labels must have shape (images,), one class per image; got shape {tuple(given.shape)}.")
-    if given.size == 0:
-        raise InputError("There are no labelled images: TCAS needs at least two classes of at least one image each.")
-    if given.min() < 0:
-        raise InputError(
-            f"labels holds negative values (lowest {given.min()}, first at image {int(np.argmax(given < 0))}). Classes "
-            "are numbered from 0; leave unlabelled images out before scoring."
-        )
-    if num_classes is not None and given.max() >= num_classes:
+    kind, given = _checked_labels(labels)
+    found = np.flatnonzero(given.any(axis=0)) if kind == "many" else np.unique(given[given >= 0])
+    known = given.shape[1] if kind == "many" else num_classes
+    if kind != "many" and num_classes is not None and given.max() >= num_classes:
         raise InputError(
             f"labels holds class {given.max()}, but num_classes is {num_classes}: labels must lie in "
             f"[0, {num_classes}). Pass a larger num_classes or renumber the labels."
         )
-    classes, compact = np.unique(given, return_inverse=True)
-    if len(classes) < 2:
+    if len(found) < 2:
+        what = f"class {found[0]}" if len(found) else "no class"
         raise InputError(
-            f"All {given.size} images have class {classes[0]}: token scores compare classes, so at least two are "
-            "needed. Score on data with two classes or more."
+            f"All {len(given)} images have {what}: token scores compare classes, so at least two are needed. Score on "
+            "data with two classes or more."
         )
-    compact = compact.astype(np.int64)
+    compact = given[:, found] if kind == "many" else np.where(given < 0, -1, np.searchsorted(found, given))
     notes: list[str] = []
-    if num_classes is not None and len(classes) < num_classes:
-        notes.append(f"{num_classes - len(classes)} of {num_classes} classes have no image and are left out.")
+    if known is not None and len(found) < known:
+        notes.append(f"{known - len(found)} of {known} classes have no image and are left out.")
     if groups is None:
-        units, noun = np.arange(given.size, dtype=np.int64), "image"
+        units, noun = np.arange(len(given), dtype=np.int64), "image"
     else:
-        units, noun = _group_units(groups, given.size), "group"
-    members = _memberships(units, compact, len(classes))
-    units_per_class = np.bincount(members.indices, minlength=len(classes))
+        units, noun = _group_units(groups, len(given)), "group"
+    members = _memberships(units, compact, kind, len(found))
+    units_per_class = np.bincount(members.indices, minlength=len(found))
     smallest = int(units_per_class.min())
     num_folds = min(MAX_FOLDS, smallest) if crossfit else 0
     if num_folds == 1:
         num_folds = 0
-        alone = classes[units_per_class == 1]
+        alone = found[units_per_class == 1]
         shown = ", ".join(str(c) for c in alone[:5]) + (", ..." if len(alone) > 5 else "")
         notes.append(
             f"Class {shown} has a single {noun}, so nothing can be cross-fitted: plug-in figures only, and they "
             "flatter large vocabularies."
         )
     unit_folds = deal_folds(members, max(1, num_folds), seed)
-    strata = unit_folds * len(classes) + np.asarray(members.argmax(axis=1)).ravel().astype(np.int64)
+    strata = unit_folds * len(found) + np.asarray(members.argmax(axis=1)).ravel().astype(np.int64)
     return ImagePlan(
-        labels=compact,
-        classes=classes.astype(np.int64),
+        kind=kind,
+        labels=compact.astype(np.int64),
+        classes=found.astype(np.int64),
         folds=unit_folds[units],
         num_folds=num_folds,
         units=units,
@@ -224,9 +251,41 @@ def _group_units(groups: ArrayLike, images: int) -> Int64[np.ndarray, " images"]
     return np.unique(array, return_inverse=True)[1].astype(np.int64)
 
 
-def _memberships(units: np.ndarray, labels: np.ndarray, classes: int) -> sparse.csr_matrix:
-    """Images of each class in each unit, sparse: units × classes would not fit for a million images."""
+def _checked_labels(labels: ArrayLike) -> tuple[Kind, np.ndarray]:
+    if isinstance(labels, Tensor):
+        labels = labels.detach().cpu().numpy()
+    if isinstance(labels, np.ndarray) and labels.dtype == bool and labels.ndim == 2:
+        if not labels.size or not labels.any(axis=1).all():
+            raise InputError("Some image belongs to no class: leave images without a class out before scoring.")
+        return "many", labels
+    given = checked_integers(labels, "labels")
+    if given.ndim not in (1, 2):
+        raise InputError(
+            "labels must have shape (images,), one class per image, (images, patches), one per patch, or be bool of "
+            f"shape (images, classes); got shape {tuple(given.shape)}."
+        )
+    if given.size == 0:
+        raise InputError("There are no labelled images: TCAS needs at least two classes of at least one image each.")
+    least = 0 if given.ndim == 1 else -1
+    if given.min() < least:
+        first = int(np.argwhere(given < least)[0, 0])
+        raise InputError(
+            f"labels holds negative values (lowest {given.min()}, first at image {first}). Classes are numbered from "
+            "0; leave unlabelled images out before scoring" + (", and mark patches to ignore by -1." if least else ".")
+        )
+    return ("images" if given.ndim == 1 else "patches"), given
+
+
+def _memberships(units: np.ndarray, labels: np.ndarray, kind: Kind, classes: int) -> sparse.csr_matrix:
+    """Images (or patches) of each class in each unit, sparse: units × classes would not fit for a million images."""
+    if kind == "many":
+        row, member = np.nonzero(labels)
+    elif kind == "patches":
+        row, patch = np.nonzero(labels >= 0)
+        member = labels[row, patch]
+    else:
+        row, member = np.arange(len(labels)), labels
     shape = (int(units.max()) + 1, classes)
-    members = sparse.csr_matrix((np.ones(len(units)), (units, labels)), shape=shape)
+    members = sparse.csr_matrix((np.ones(len(row)), (units[row], member)), shape=shape)
     members.sum_duplicates()
     return members

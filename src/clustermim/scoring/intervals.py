@@ -59,7 +59,7 @@ def bootstrap_figures(counts: RowCounts, plan: ImagePlan, replicates: int, seed:
     Parameters
     ----------
     counts
-        Counts of each image (`TokenCounts(..., per_image=True).rows()`), one row per image of the plan.
+        Counts of each image (`TokenCounts(..., per_image=True).rows()`).
     plan
         The plan that the images were counted under.
     replicates
@@ -68,11 +68,13 @@ def bootstrap_figures(counts: RowCounts, plan: ImagePlan, replicates: int, seed:
         Seed of the resamples.
     """
     summer = TokenSummer(counts)
+    images = np.arange(plan.num_images) if counts.row_image is None else counts.row_image
     classes, folds = counts.num_classes, max(1, counts.num_folds)
     block = int(np.clip(BLOCK // (classes * max(folds * 16, folds * classes)), 1, MOST_AT_ONCE))
     full, half = [], []
     done = 0
-    for weights in resamples(plan, replicates, seed, block):
+    for drawn in resamples(plan, replicates, seed, block):
+        weights = drawn[:, images]
         full.append(figures(summer.sums(weights)))
         if done < MOST_HALF:
             half.append(figures(summer.sums((1.0 + weights[: MOST_HALF - done]) / 2)))

@@ -10,7 +10,7 @@ from jaxtyping import Int64
 from clustermim.errors import InputError
 from clustermim.scoring.counts import RowCounts, TokenCounts
 from clustermim.scoring.figures import figures
-from clustermim.scoring.folds import ImagePlan, plan_images
+from clustermim.scoring.folds import ImagePlan
 from clustermim.scoring.sums import TokenSummer
 
 POINTS = 7
@@ -142,12 +142,14 @@ def curve_advice(curves: Mapping[str, Sequence[CurvePoint]]) -> list[str]:
 def _score_part(rows: RowCounts, plan: ImagePlan, share: float, seed: list[int]) -> dict[str, float]:
     kept = _draw_units(plan, share, seed)
     images = np.flatnonzero(kept[plan.units])
-    part = plan_images(plan.labels[images], groups=plan.units[images], seed=seed[-1])
+    part = plan.part(images, seed[-1])
+    assert rows.row_image is not None
+    mine = np.flatnonzero(np.isin(rows.row_image, images))
     counts = RowCounts(
-        matrix=rows.matrix[images],
+        matrix=rows.matrix[mine],
         tokens=rows.tokens,
-        row_class=part.labels,
-        row_fold=part.folds,
+        row_class=np.searchsorted(part.classes, rows.row_class[mine]),
+        row_fold=part.folds[np.searchsorted(images, rows.row_image[mine])],
         num_classes=part.num_classes,
         num_folds=part.num_folds,
     ).by_cell()

@@ -1,6 +1,7 @@
 """Token ids kept in files: what `clustermim tokenize` writes, read back a shard at a time.
 
-A file is an `.npz` with `ids` (images, N), `labels` (images,), `index` (images,) and optionally `vocab_size`,
+A file is an `.npz` with `ids` (images, N), `labels` (images,) (or of patches or several an image, as `score_tokens`
+takes them), `index` (images,) and optionally `vocab_size`,
 `classes` (names), `groups`, `fingerprint` and `data_fingerprint`; a folder holds several such files, its shards.
 """
 

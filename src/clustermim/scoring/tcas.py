@@ -199,7 +199,8 @@ def score_tokens(
     ids
         Token of each patch, integers in [0, vocab_size), shape (images, N).
     labels
-        Class of each image, integers from 0, shape (images,).
+        Class of each image, integers from 0, shape (images,). Or of each patch (dense labels), (images, N), −1 where it
+        is to be ignored: see `scoring.dense`. Or several of each image, bool (images, L): each patch counts in each.
     vocab_size
         K. Default: the largest id plus one.
     num_classes
@@ -222,10 +223,9 @@ def score_tokens(
     array = checked_integers(ids, "ids")
     if array.ndim != 2 or array.shape[1] == 0:
         raise InputError(f"ids must have shape (images, patches); got shape {tuple(array.shape)}.")
-    classes = checked_integers(labels, "labels")
-    if classes.ndim == 1 and len(classes) != len(array):
-        raise InputError(f"ids has {len(array)} images but labels has {len(classes)}: give one label per image.")
-    plan = plan_images(classes, num_classes=num_classes, groups=groups, crossfit=crossfit, seed=seed)
+    plan = plan_images(labels, num_classes=num_classes, groups=groups, crossfit=crossfit, seed=seed)
+    if plan.num_images != len(array):
+        raise InputError(f"ids has {len(array)} images but labels has {plan.num_images}: give one label per image.")
     counts = TokenCounts(plan, int(array.max()) + 1 if vocab_size is None else vocab_size, per_image=bootstrap > 0)
     step = max(1, (1 << 20) // array.shape[1])
     for start in range(0, len(array), step):
