@@ -19,11 +19,13 @@ _API = {
     "load_tokenizer": "clustermim.tokenizers.tokenizer",
     "score_tokens": "clustermim.scoring.tcas",
     "TokenScore": "clustermim.scoring.tcas",
+    "augmentation_spectrum": "clustermim.scoring.graph",
     "MaskedImageModel": "clustermim.mim.model",
     "fit_tokenizer": "clustermim.verbs.tokenizer_fit",
     "show_tokenizer": "clustermim.verbs.tokenizer_show",
     "tokenize": "clustermim.verbs.tokenize_images",
     "tcas": "clustermim.verbs.score",
+    "graph": "clustermim.verbs.graph_spectrum",
     "pretrain": "clustermim.verbs.pretrain_encoder",
     "probe": "clustermim.verbs.probe_encoders",
     "demo": "clustermim.verbs.run_demo",
@@ -35,8 +37,10 @@ __all__ = [
     "TokenScore",
     "Tokenizer",
     "__version__",
+    "augmentation_spectrum",
     "demo",
     "fit_tokenizer",
+    "graph",
     "load_tokenizer",
     "make_features",
     "make_loader",
@@ -57,8 +61,10 @@ if TYPE_CHECKING:
     from clustermim.encoders.opening import open_encoder
     from clustermim.features.patches import make_features
     from clustermim.mim.model import MaskedImageModel
+    from clustermim.scoring.graph import augmentation_spectrum
     from clustermim.scoring.tcas import TokenScore, score_tokens
     from clustermim.tokenizers.tokenizer import Tokenizer, load_tokenizer
+    from clustermim.verbs.graph_spectrum import graph
     from clustermim.verbs.pretrain_encoder import pretrain
     from clustermim.verbs.probe_encoders import probe
     from clustermim.verbs.run_demo import demo

@@ -21,6 +21,7 @@ _VERBS = {
     "demo": ("run_demo:demo", "The whole idea on embedded images, in about two minutes."),
     "tokenize": ("tokenize_images:tokenize", "Write the token ids of every image of a data set."),
     "tcas": ("score:tcas", "Score tokenizers with labelled images, before any training."),
+    "graph": ("graph_spectrum:graph", "The augmentation graph of masked images, with tokens and without."),
     "pretrain": ("pretrain_encoder:pretrain", "Pretrain a ViT by masked image modelling."),
     "probe": ("probe_encoders:probe", "Judge encoders by k-NN and linear probe."),
 }
@@ -136,4 +137,7 @@ def _tell(console: Console, error: ClusterMIMError) -> None:
 
 def main() -> None:
     """Entry point of the `clustermim` command."""
+    # Threads that spin while they wait take the core from the very thread they wait for when anything else runs on the
+    # machine: small steps then take twenty times as long. Asleep they cost nothing measurable. Read when torch loads.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     sys.exit(run(sys.argv[1:]))

@@ -115,7 +115,8 @@ def augmentation_spectrum(
     matrix = matrix[:, np.asarray(matrix.sum(axis=0)).ravel() > 0]
     rows, columns = (np.asarray(matrix.sum(axis=axis)).ravel() for axis in (1, 0))
     scaled = sparse.csr_matrix(sparse.diags_array(rows**-0.5) @ matrix @ sparse.diags_array(columns**-0.5))
-    eigenvalues, squares = _spectrum(scaled, k)
+    parts = _components(matrix)
+    eigenvalues, squares = _spectrum(scaled, parts, k)
     error = intra = inter = None
     if members is not None:
         error = _labelling_error(matrix, columns, members)
@@ -124,7 +125,7 @@ def augmentation_spectrum(
         eigenvalues=eigenvalues,
         sum_squared=squares,
         spectral_gap=1.0 - float(eigenvalues[1]) if len(eigenvalues) > 1 else 1.0,
-        components=_components(matrix),
+        components=int(parts.max()) + 1,
         labelling_error=error,
         intra_class=intra,
         inter_class=inter,
@@ -253,23 +254,41 @@ def _memberships(labels: ArrayLike, views: int) -> sparse.csr_matrix:
     return sparse.csr_matrix(given / total[:, None])
 
 
-def _spectrum(scaled: sparse.csr_matrix, k: int | None) -> tuple[Float64[np.ndarray, " k"], float]:
-    """The largest eigenvalues of A, and Σλ² = ‖A‖²_F over all."""
+def _spectrum(scaled: sparse.csr_matrix, parts: Int64[np.ndarray, " n"], k: int | None) -> tuple[np.ndarray, float]:
+    """The largest eigenvalues of A, and Σλ² = ‖A‖²_F over all.
+
+    The spectrum of a graph is that of its connected parts together. Taking them one by one is not only cheaper: an
+    iteration over the whole would be lost among the many eigenvalues 1, one a part.
+    """
+    rows, columns = scaled.shape
+    order = [np.argsort(side, kind="stable") for side in (parts[:rows], parts[rows:])]
+    number = int(parts.max()) + 1
+    cuts = [
+        np.searchsorted(side[o], np.arange(number + 1))
+        for side, o in zip((parts[:rows], parts[rows:]), order, strict=True)
+    ]
+    blocks = scaled[order[0]][:, order[1]]
+    values, squares = [], 0.0
+    for part in range(number):
+        block = blocks[cuts[0][part] : cuts[0][part + 1], cuts[1][part] : cuts[1][part + 1]]
+        some, square = _part_spectrum(block, k)
+        values.append(some)
+        squares += square
+    wanted = k if k is not None else (None if min(rows, columns) <= EXACT_SIDE else LARGEST)
+    return np.clip(np.sort(np.concatenate(values))[::-1][:wanted], 0.0, 1.0), squares
+
+
+def _part_spectrum(scaled: sparse.csr_matrix, k: int | None) -> tuple[np.ndarray, float]:
     small = min(scaled.shape)
-    if k is not None and k > small:
-        k = small
     # A = BBᵀ and BᵀB share their non-zero eigenvalues; the smaller one is made.
     gram = (scaled @ scaled.T if scaled.shape[0] <= scaled.shape[1] else scaled.T @ scaled).tocsr()
     squares = float((gram.data**2).sum())
     if small <= EXACT_SIDE:
-        values = np.linalg.eigvalsh(gram.toarray())[::-1]
-    else:
-        # A fixed start makes the iteration repeatable.
-        start = np.random.default_rng(0).random(small)
-        values = (
-            np.sort(svds(scaled, k=min(k or LARGEST, small - 1), v0=start, return_singular_vectors=False))[::-1] ** 2
-        )
-    return np.clip(values[:k], 0.0, 1.0), squares
+        return np.linalg.eigvalsh(gram.toarray()), squares
+    # A fixed start makes the iteration repeatable.
+    start = np.random.default_rng(0).random(small)
+    found = svds(scaled, k=min(k or LARGEST, small - 1), v0=start, return_singular_vectors=False)
+    return found**2, squares
 
 
 def _labelling_error(matrix: sparse.csr_matrix, columns: np.ndarray, members: sparse.csr_matrix) -> float:
@@ -295,6 +314,7 @@ def _class_edges(scaled: sparse.csr_matrix, members: sparse.csr_matrix) -> tuple
     return intra, inter
 
 
-def _components(matrix: sparse.csr_matrix) -> int:
+def _components(matrix: sparse.csr_matrix) -> Int64[np.ndarray, " n"]:
+    """Connected part of each node: visible views, then hidden ones."""
     both = sparse.block_array([[None, matrix], [matrix.T, None]])
-    return int(connected_components(both, directed=False, return_labels=False))
+    return np.asarray(connected_components(both, directed=False)[1], dtype=np.int64)

@@ -223,7 +223,7 @@ def tcas(
     else:
         if not len(tokenizer):
             raise InputError("There is nothing to score: give --tokenizer DIR [DIR ...], or --ids FILE.")
-        tokenizers = _named([(spec, load_tokenizer(spec)) for spec in tokenizer])
+        tokenizers = name_tokenizers([(spec, load_tokenizer(spec)) for spec in tokenizer])
         # What the options leave open is what the first tokenizer was made for; the others must agree.
         filled = next(iter(tokenizers.values())).fill_options(options)
         source = open_source("digits" if data is None else data, filled)
@@ -278,7 +278,7 @@ def _count(
         )
 
 
-def _named(loaded: Sequence[tuple[Any, Tokenizer]]) -> dict[str, Tokenizer]:
+def name_tokenizers(loaded: Sequence[tuple[Any, Tokenizer]]) -> dict[str, Tokenizer]:
     """Short names: the folder's own, the whole path where two folders share it, a number where that repeats too."""
     paths = [str(spec) if isinstance(spec, str | Path) else "" for spec, _ in loaded]
     tails = [
