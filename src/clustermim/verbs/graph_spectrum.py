@@ -31,8 +31,8 @@ PLAIN = "no tokens"
 READING = (
     "Each mask of an image is a visible view, each hidden patch a hidden view; a tokenizer merges hidden patches of "
     "one token. λ are the eigenvalues of the graph between visible views that share hidden ones. Tokens connect "
-    "images, which lowers Σλ², and connect classes, which raises the labelling error α. c1·Σλ² + c2·α bounds downstream error "
-    "up to constants that nobody knows: docs/theory.md says what may be read from it."
+    "images, which lowers Σλ², and connect classes, which raises the labelling error α. c1·Σλ² + c2·α bounds "
+    "downstream error up to constants that nobody knows: docs/theory.md says what may be read from it."
 )
 
 
