@@ -24,7 +24,7 @@ from recording import commit, provenance, record
 
 SIZES = (10, 50, 200, 1000)
 CONTROLS = {"identity": (), "random": ("--k", "50"), "random-centroids": ("--k", "50"), "position": (), "oracle": ()}
-RATES = ("3e-4", "1e-3", "3e-3")
+RATES = ("3e-4", "1e-3")
 PREDICTION = (
     "From the paper (+6.8 points of linear probe on ImageNet-100 after 200 epochs): ClusterMIM above the better MAE. "
     "From the alignment of these tokens, which is low: by few points. From the budget of a few epochs: both within "

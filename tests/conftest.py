@@ -2,6 +2,9 @@
 
 import os
 
+# pytest-xdist runs a process on each core, so each takes one thread and none spins.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("HF_DATASETS_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -11,7 +14,7 @@ from jaxtyping import install_import_hook
 
 
 def checked(thing):  # type: ignore[no-untyped-def]
-    """beartype with the numeric tower: an int is welcome where a float is asked for."""
+    """Beartype with the numeric tower: an int is welcome where a float is asked for."""
     return beartype(conf=BeartypeConf(is_pep484_tower=True))(thing)
 
 
