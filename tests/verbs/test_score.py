@@ -77,6 +77,16 @@ def test_a_learning_curve_goes_into_table_rows_and_page(folder, tmp_path):
     assert "How many labels are enough" in page.read_text() and "for pixel-16" in text_of(result)
 
 
+def test_agreement_without_labels_stands_alone_or_beside_the_scores(folder):
+    images = np.random.default_rng(0).integers(0, 255, (40, 8, 8), dtype=np.uint8)
+    alone = tcas(folder / "pixel-16", images, label_free=True)
+    (row,) = alone.rows()
+    assert row["agreement_images"] == 40 and "alignment" not in row and "experimental" in text_of(alone)
+    beside = tcas([folder / "pixel-16", folder / "oracle"], bootstrap=0, label_free=True)
+    assert beside.agreements["oracle"].view_agreement == pytest.approx(1)
+    assert {"alignment", "view_agreement"} <= beside.rows()[0].keys() and "experimental" in text_of(beside)
+
+
 def test_tokenizers_of_one_name_are_told_apart(folder):
     result = tcas([folder / "oracle", folder / "oracle"], bootstrap=0)
     assert len(result.scores) == 2
@@ -98,6 +108,7 @@ def test_the_command_line_prints_the_table_and_writes_the_files(folder, tmp_path
         ({}, "nothing to score"),
         ({"tokenizer": "x", "ids": Path("y")}, "either --ids"),
         ({"ids": Path("none.npz")}, "no stored ids"),
+        ({"ids": Path("none.npz"), "label_free": True}, "two views"),
         ({"tokenizer": "none"}, "not there"),
         ({"tokenizer": "x", "bootstrap": 1}, "bootstrap"),
         ({"tokenizer": "x", "html": Path("/tmp")}, "is a folder"),

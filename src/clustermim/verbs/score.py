@@ -18,6 +18,7 @@ from clustermim.data.sources import ImageSource, open_source, require_labels
 from clustermim.errors import InputError
 from clustermim.runs import atomic_write
 from clustermim.scoring.advice import advise, with_interval
+from clustermim.scoring.agreement import Agreement
 from clustermim.scoring.counts import TokenCounts
 from clustermim.scoring.folds import plan_images
 from clustermim.scoring.learning import CurvePoint, curve_advice, learning_curve
@@ -26,6 +27,7 @@ from clustermim.scoring.stream import CountedStream, count_ids, count_stream
 from clustermim.scoring.tcas import TokenScore, check_options, score_counts
 from clustermim.tokenizers.tokenizer import Tokenizer, load_tokenizer
 from clustermim.training.launch import Device, resolve_device
+from clustermim.verbs.score_label_free import agreement_table, agreement_without_labels
 from clustermim.verbs.score_page import score_page
 
 CONTROLS = frozenset({"identity", "random", "random-centroids", "position", "oracle"})
@@ -45,6 +47,9 @@ class TcasResult:
     curves: Mapping[str, Sequence[CurvePoint]] = field(default_factory=dict)
     """Alignment against the number of labelled images, where it was asked for; controls have none."""
 
+    agreements: Mapping[str, Agreement] = field(default_factory=dict)
+    """Label-free agreement of the tokens, where it was asked for; the only figures of images without labels."""
+
     @property
     def controls(self) -> frozenset[str]:
         """Names that are there for comparison."""
@@ -62,9 +67,13 @@ class TcasResult:
 
     def rows(self) -> list[dict[str, Any]]:
         """One flat record a tokenizer: every figure with its interval; then one a point of its learning curve."""
-        known = {name: {"tokenizer": name, "kind": self.kinds[name], "data": self.data} for name in self.scores}
+        known: dict[str, dict[str, Any]] = {
+            name: {"tokenizer": name, "kind": kind, "data": self.data} for name, kind in self.kinds.items()
+        }
+        agreed = {name: one.to_dict() for name, one in self.agreements.items()}
+        scored = {name: score.to_dict() | {"notes": " ".join(score.notes)} for name, score in self.scores.items()}
         return [
-            *(known[name] | score.to_dict() | {"notes": " ".join(score.notes)} for name, score in self.scores.items()),
+            *(one | scored.get(name, {}) | agreed.get(name, {}) for name, one in known.items()),
             *(known[name] | point.to_dict() for name, curve in self.curves.items() for point in curve),
         ]
 
@@ -82,6 +91,8 @@ class TcasResult:
 
     def __rich__(self) -> Group:
         """A table, alignment first, and the advice."""
+        if not self.scores:
+            return agreement_table(self.agreements, self.data)
         some = next(iter(self.scores.values()))
         crossfit = some.alignment_crossfit is not None
         end = "_crossfit" if crossfit else ""
@@ -123,7 +134,8 @@ class TcasResult:
                 style="dim" if name in self.controls else None,
             )
         lines = [Text(line) for line in self.advice] + [Text(f"Note: {note}", style="yellow") for note in self.notes]
-        return Group(table, *([self._curve_table()] if self.curves else []), *lines)
+        agreed = [agreement_table(self.agreements, self.data)] if self.agreements else []
+        return Group(table, *([self._curve_table()] if self.curves else []), *lines, *agreed)
 
     def _curve_table(self) -> Table:
         table = Table(
@@ -149,6 +161,7 @@ def tcas(
     ids: Path | None = None,
     bootstrap: int = 200,
     curve: bool = False,
+    label_free: bool = False,
     crossfit: bool = True,
     seed: int = 0,
     json: Path | None = None,
@@ -176,6 +189,9 @@ def tcas(
         Resamples of the images for 95 % intervals; 0 for none.
     curve
         Also score growing subsets of the images, to see how many labelled images are enough.
+    label_free
+        Experimental: also say how tokens agree between two views of an image and between its patches. Images without
+        labels get this alone.
     crossfit
         Judge tokens on images they were not counted on.
     seed
@@ -196,7 +212,8 @@ def tcas(
     Returns
     -------
     TcasResult
-        `scores`, a `TokenScore` for each tokenizer by name, and `advice`.
+        `scores`, a `TokenScore` for each tokenizer by name, and `advice`; with `label_free` also `agreements`, alone
+        where the images have no labels.
 
     Raises
     ------
@@ -209,8 +226,11 @@ def tcas(
     for target in (json, html):
         if target is not None and target.is_dir():
             raise InputError(f"{target} is a folder; name a file to write to.")
+    if label_free and ids is not None:
+        raise InputError("--label-free looks at two views of each image: give --tokenizer and --data, not --ids.")
     plan_options: dict[str, Any] = {"crossfit": crossfit, "seed": seed}
     per_image = bootstrap > 0 or curve
+    agreements: dict[str, Agreement] = {}
     if ids is not None:
         if len(tokenizer) or data is not None:
             raise InputError("Give either --ids, or --tokenizer with --data; stored ids bring their own labels.")
@@ -227,20 +247,34 @@ def tcas(
         # What the options leave open is what the first tokenizer was made for; the others must agree.
         filled = next(iter(tokenizers.values())).fill_options(options)
         source = open_source("digits" if data is None else data, filled)
+        kinds = {name: one.kind for name, one in tokenizers.items()}
+        if label_free:
+            agreements = agreement_without_labels(
+                tokenizers, source, seed=seed, batch_size=batch_size, device=device, workers=workers
+            )
+            if source.labels is None and html is None:
+                alone = TcasResult(scores={}, kinds=kinds, data=source.name, class_names=None, agreements=agreements)
+                _write_rows(json, alone)
+                return alone
         stream = _count(tokenizers, source, batch_size, device, workers, per_image, plan_options)
         origin, class_names, counted = source.name, source.classes, stream.counts
         scores = stream.scores(bootstrap=bootstrap, seed=seed)
-        kinds = {name: one.kind for name, one in tokenizers.items()}
     curves = {}
     if curve:
         fitted = [name for name in counted if kinds[name] not in CONTROLS] or list(counted)
         curves = {name: learning_curve(counted[name], seed=seed) for name in fitted}
-    result = TcasResult(scores=scores, kinds=kinds, data=origin, class_names=class_names, curves=curves)
-    if json is not None:
-        atomic_write(json, json_text.dumps(result.rows(), indent=2) + "\n")
+    result = TcasResult(
+        scores=scores, kinds=kinds, data=origin, class_names=class_names, curves=curves, agreements=agreements
+    )
+    _write_rows(json, result)
     if html is not None:
         atomic_write(html, result.html())
     return result
+
+
+def _write_rows(file: Path | None, result: TcasResult) -> None:
+    if file is not None:
+        atomic_write(file, json_text.dumps(result.rows(), indent=2) + "\n")
 
 
 def _count(
