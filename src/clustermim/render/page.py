@@ -68,12 +68,14 @@ class Section:
             drawn.append(f'<figure class="chart">{svg}{_caption(caption)}</figure>')
         self._parts.append(drawn[0] if len(drawn) == 1 else f'<div class="pair">{"".join(drawn)}</div>')
 
-    def gallery(self, tiles: Sequence[Tile], *, side: int, caption: str = "") -> None:
-        """Tiles in a grid that wraps to the width there is; a picture is up to `side` CSS pixels wide."""
+    def gallery(self, tiles: Sequence[Tile], *, side: int, caption: str = "", folded: str = "") -> None:
+        """Tiles in a grid that wraps to the width there is; a picture is up to `side` CSS pixels wide.
+
+        With `folded`, the grid is behind that heading until the reader opens it (and printed open or not as it is).
+        """
         items = "".join(_tile(tile) for tile in tiles)
-        self._parts.append(
-            f'<figure><ul class="gallery" style="--side:{side}px">{items}</ul>{_caption(caption)}</figure>'
-        )
+        figure = f'<figure><ul class="gallery" style="--side:{side}px">{items}</ul>{_caption(caption)}</figure>'
+        self._parts.append(f"<details><summary>{_marked(folded)}</summary>{figure}</details>" if folded else figure)
 
     def table(
         self,

@@ -47,6 +47,7 @@ img{image-rendering:pixelated;display:block}
  break-inside:avoid;overflow-wrap:anywhere}
 .gallery img{width:100%;max-width:var(--side);border:1px solid var(--rule);margin-bottom:.2rem}
 .gallery img.framed{box-sizing:content-box;max-width:min(var(--side),100% - 6px);border:3px solid var(--token)}
+summary{cursor:pointer;padding:.4rem 0;color:var(--link)}
 .bar{display:block;height:3px;max-width:var(--side);background:var(--rule);margin-bottom:.15rem}
 .bar i{display:block;height:100%;background:var(--series-1)}
 .scroll{overflow-x:auto;margin:1.25rem 0;max-width:100%}

@@ -317,7 +317,8 @@ def vocabulary_tiles(view: TokenView, *, only: Sequence[int] | None = None, brie
 
 
 def _percent(share: float) -> str:
-    return f"{100 * share:.0f} %" if share >= 0.1 else f"{100 * share:.2g} %"
+    number = f"{100 * share:.0f}" if share >= 0.1 else f"{100 * share:.2g}"
+    return f"{number}\N{NO-BREAK SPACE}%"
 
 
 def map_tiles(view: TokenView, *, height: int = 160) -> list[Tile]:

@@ -11,7 +11,7 @@ from rich.table import Table
 from clustermim.data.options import DataOptions
 from clustermim.data.sources import open_source
 from clustermim.errors import InputError
-from clustermim.render.page import Page
+from clustermim.render.page import Page, Section
 from clustermim.render.sheets import Group, picture_sheet, png, tile_side
 from clustermim.runs import RunDirectory, atomic_write
 from clustermim.tokenizers.tokenizer import load_tokenizer
@@ -157,14 +157,14 @@ def _sheets(view: TokenView, name: str, data: str) -> dict[str, bytes]:
     return {"vocabulary.png": png(vocabulary), "token_maps.png": png(maps)}
 
 
-def add_vocabulary(section: Any, view: TokenView) -> None:
-    """The vocabulary as a gallery on a page."""
+def add_vocabulary(section: Section, view: TokenView, *, folded: str = "") -> None:
+    """The vocabulary as a gallery on a page; behind a heading to open if `folded` gives one."""
     side = max(34, tile_side(len(view.tokens)))
     tiles = vocabulary_tiles(view, brief=len(view.tokens) > 256)
-    section.gallery(tiles, side=side, caption=describe(view))
+    section.gallery(tiles, side=side, caption=describe(view), folded=folded)
 
 
-def add_maps(section: Any, view: TokenView) -> None:
+def add_maps(section: Section, view: TokenView) -> None:
     """Token maps as a gallery on a page, without the legend."""
     tiles = map_tiles(view)
     width = max(tile.picture.shape[1] for tile in tiles)
