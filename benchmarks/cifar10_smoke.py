@@ -102,6 +102,7 @@ def main() -> None:
     parser.add_argument("--work", type=Path, default=Path("runs/cifar10_smoke"), help="where runs and logs go")
     parser.add_argument("--epochs", type=int, default=3)
     parser.add_argument("--raw", action="store_true", help="also MAE on raw pixels: half as long again")
+    parser.add_argument("--probe-limit", type=int, help="probe on this many images of each split, not on all")
     parser.add_argument("--jobs", type=int, default=2, help="pretrainings side by side, one thread each")
     options = parser.parse_args()
     work: Path = options.work
@@ -133,7 +134,9 @@ def main() -> None:
         f"bag-of-tokens:{work / 'pixel-k1000'}",
     ]
     encoders = [*(work / name for name in arms), *floors]
-    probing = ("--data", options.data, "--protocol", "knn", "linear", "--json", work / "probe.json")
+    probing: tuple[object, ...] = ("--data", options.data, "--protocol", "knn", "linear", "--json", work / "probe.json")
+    if options.probe_limit is not None:
+        probing += ("--limit", options.probe_limit)
     steps.run("probe", command("probe", "--encoder", *encoders, *probing))
 
     rows = json.loads((work / "probe.json").read_text())
