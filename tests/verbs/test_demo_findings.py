@@ -4,7 +4,7 @@ from hypothesis import strategies as st
 
 from clustermim.verbs.demo_findings import (
     Judged,
-    findings,
+    answer,
     floor_findings,
     noise,
     predicted_order,
@@ -20,14 +20,27 @@ def arm(name: str, knn: float, linear: float, *, masked: str | None = None, alig
 def test_a_winning_floor_is_told_in_plain_words() -> None:
     told = floor_findings([arm("ours", 0.9, 0.99, masked="token"), arm("raw-pixels", 0.98, 0.5)], 360)
     assert told[0].startswith("**By k-NN a floor wins:** `raw-pixels`")
-    assert "98.0 %" in told[0]
-    assert "90.0 %" in told[0]
+    assert "98.0\N{NO-BREAK SPACE}%" in told[0]
+    assert "90.0\N{NO-BREAK SPACE}%" in told[0]
     assert "above every floor" in told[1]
+    assert "Digits are easy" in told[2]
+
+
+def test_a_narrow_win_of_a_floor_is_called_narrow() -> None:
+    told = floor_findings([arm("ours", 0.95, 0.95, masked="token"), arm("raw-pixels", 0.955, 0.9)], 360)
+    assert "a floor wins" in told[0]
+    assert "cannot tell apart" in told[0]
 
 
 def test_a_narrow_lead_over_a_floor_is_not_called_a_lead() -> None:
     told = floor_findings([arm("ours", 0.95, 0.95, masked="token"), arm("raw-pixels", 0.949, 0.95)], 360)
-    assert all("no encoder clearly beats the floors" in sentence for sentence in told)
+    assert all("no encoder clearly beats the floors" in sentence for sentence in told[:2])
+
+
+def test_where_no_floor_keeps_up_nothing_is_called_easy() -> None:
+    told = floor_findings([arm("ours", 0.95, 0.95, masked="token"), arm("raw-pixels", 0.5, 0.5)], 360)
+    assert len(told) == 2
+    assert all("above every floor" in sentence for sentence in told)
 
 
 def test_tokens_are_compared_by_the_arm_that_the_score_chose_and_pixels_by_their_best() -> None:
@@ -37,18 +50,18 @@ def test_tokens_are_compared_by_the_arm_that_the_score_chose_and_pixels_by_their
         arm("plain", 0.7, 0.6, masked="pixel", alignment=0.0),
         arm("norm", 0.7, 0.7, masked="pixel", alignment=0.0),
     ]
-    (sentence,) = findings(arms, 360)
-    assert "chosen (masked **tokens**" in sentence
-    assert "norm (masked **pixels**" in sentence
+    sentence = " ".join(answer(arms, 360))
+    assert "(chosen, the vocabulary chosen" in sentence
+    assert "(norm, the better" in sentence
     assert "lucky" not in sentence
     assert "**20.0 points less**" in sentence
 
 
 def test_a_gap_within_noise_says_so() -> None:
     pair = [arm("a", 0.95, 0.9, masked="token", alignment=0.3), arm("b", 0.94, 0.9, masked="pixel", alignment=0.0)]
-    (sentence,) = findings(pair, 360)
-    assert "within the noise of 360 test images" in sentence
-    assert "the same" in sentence
+    _, by_knn, by_linear = answer(pair, 360)
+    assert "**1.0 points more**, within the noise of 360 test images" in by_knn
+    assert "**the same**" in by_linear
 
 
 def test_equal_alignments_are_not_a_prediction() -> None:

@@ -73,7 +73,7 @@ class Section:
 
         With `folded`, the grid is behind that heading until the reader opens it (and printed open or not as it is).
         """
-        items = "".join(_tile(tile) for tile in tiles)
+        items = "".join(_tile(tile, side) for tile in tiles)
         figure = f'<figure><ul class="gallery" style="--side:{side}px">{items}</ul>{_caption(caption)}</figure>'
         self._parts.append(f"<details><summary>{_marked(folded)}</summary>{figure}</details>" if folded else figure)
 
@@ -162,9 +162,12 @@ def _caption(text: str) -> str:
     return f"<figcaption>{_marked(text)}</figcaption>" if text else ""
 
 
-def _tile(tile: Tile) -> str:
+def _tile(tile: Tile, side: int) -> str:
     uri = "data:image/png;base64," + base64.b64encode(png(tile.picture)).decode()
-    frame = "" if tile.colour is None else ' class="framed" style="--token:#{:02x}{:02x}{:02x}"'.format(*tile.colour)
+    # Enlarged pictures keep their pixels; those that must shrink may not lose some.
+    kinds = ["framed"] * (tile.colour is not None) + ["shrunk"] * (tile.picture.shape[1] > side)
+    frame = f' class="{" ".join(kinds)}"' if kinds else ""
+    frame += "" if tile.colour is None else ' style="--token:#{:02x}{:02x}{:02x}"'.format(*tile.colour)
     bar = "" if tile.bar is None else f'<span class="bar"><i style="width:{100 * tile.bar:.1f}%"></i></span>'
     alt = html.escape(tile.description or tile.caption)
     return f'<li><img src="{uri}" alt="{alt}"{frame}>{bar}{_marked(tile.caption)}</li>'
@@ -190,7 +193,7 @@ def _table(
     label = html.escape(re.sub(r"[`*]", "", caption).split(".")[0])
     return (
         f'<div class="scroll" tabindex="0" role="region" aria-label="{label}"><table{sorts}>'
-        f"<caption>{_marked(caption)}</caption>\n<thead><tr>{head}</tr></thead>\n<tbody>\n"
+        f"<caption><span>{_marked(caption)}</span></caption>\n<thead><tr>{head}</tr></thead>\n<tbody>\n"
         + "\n".join(body)
         + "\n</tbody></table></div>"
     )
@@ -224,4 +227,4 @@ def _best(column: Column, rows: Sequence[Mapping[str, Any]], muted: frozenset[in
 
 
 def _number(value: Any, digits: int) -> str:
-    return f"{value:,.{digits}f}".replace("-", "−")
+    return f"{value:z,.{digits}f}".replace("-", "−")

@@ -48,11 +48,13 @@ img{image-rendering:pixelated;display:block}
 .gallery img{width:100%;max-width:var(--side);border:1px solid var(--rule);margin-bottom:.2rem}
 .gallery img.framed{box-sizing:content-box;max-width:min(var(--side),100% - 6px);border:3px solid var(--token)}
 summary{cursor:pointer;padding:.4rem 0;color:var(--link)}
+.gallery img.shrunk{image-rendering:auto}
 .bar{display:block;height:3px;max-width:var(--side);background:var(--rule);margin-bottom:.15rem}
 .bar i{display:block;height:100%;background:var(--series-1)}
 .scroll{overflow-x:auto;margin:1.25rem 0;max-width:100%}
 table{border-collapse:collapse;font-size:.86rem;line-height:1.35;font-variant-numeric:tabular-nums}
-caption{text-align:left;padding:0 0 .5rem;caption-side:top;max-width:42rem}
+caption{text-align:left;padding:0 0 .5rem;caption-side:top}
+caption span{display:block;position:sticky;left:0;width:min(42rem,100vw - 3rem)}
 th,td{padding:.34rem .7rem;text-align:right;border-bottom:1px solid var(--rule);vertical-align:baseline;
  white-space:nowrap}
 th.text,td.text{text-align:left}
@@ -76,6 +78,7 @@ td small{color:var(--soft)}
 .facts dt{color:var(--soft)}.facts dd{margin:0;overflow-wrap:anywhere}
 @media (max-width:40rem){html{font-size:16px}.page{padding:1.5rem 1rem 3rem}h1{font-size:1.65rem}
  h2{margin-top:2.5rem}th,td{padding:.34rem .5rem}.facts{grid-template-columns:1fr;gap:0}.facts dd{margin-bottom:.4rem}
+ .gallery img,.bar{max-width:none}.gallery img.framed{max-width:calc(100% - 6px)}
  tbody th:first-child{white-space:normal;min-width:7rem;max-width:9rem}}
 @media print{html{font-size:10.5pt}.page{max-width:none;padding:0}nav,.skip{display:none}
  h2{break-after:avoid}figure,table,.note,tr{break-inside:avoid}.scroll{overflow:visible}th button::after{content:none}

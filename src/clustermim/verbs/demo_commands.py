@@ -21,36 +21,33 @@ def command(verb: str, **options: Any) -> str:
 def step_commands(
     *,
     data: str,
-    tokenizer: Path,
+    chosen: str,
     fitted: Mapping[str, Any],
-    scored: Sequence[Path],
+    others: Sequence[Path],
     bootstrap: int,
     trained: Mapping[str, Any],
-    token_run: Path,
-    pixel_run: Path,
     pixel_target: Mapping[str, Any],
     seed: int,
-    shown: Path,
+    folder: Path = Path("mine"),
 ) -> list[tuple[str, str]]:
-    """What to type, each with a sentence on what it does.
+    """What to type, each with a sentence on what it does; they can be typed one after the other.
 
     Parameters
     ----------
     data
         The source.
-    tokenizer, fitted
-        The chosen tokenizer's folder, and the options it was fitted with.
-    scored, bootstrap
-        The folders of all tokenizers that were scored, and the resamples.
-    trained
-        Options that all pretrainings share.
-    token_run, pixel_run, pixel_target
-        Run directories of ClusterMIM and MAE, and what makes the latter MAE.
+    chosen, fitted
+        Name of the chosen vocabulary, and the options it was fitted with.
+    others, bootstrap
+        Folders of tokenizers to score beside it, and the resamples.
+    trained, pixel_target
+        Options that all pretrainings share, and those that make one MAE.
     seed
         Of everything.
-    shown
-        Folder for the pictures.
+    folder
+        Where the results go: not where those of the demo are, because no verb writes over anything.
     """
+    tokenizer, token_run, pixel_run = folder / chosen, folder / "clustermim", folder / "mae"
     pretrain = {"data": data, **trained, "seed": seed}
     encoders = [token_run, pixel_run, "raw-pixels", f"bag-of-tokens:{tokenizer}"]
     return [
@@ -58,10 +55,10 @@ def step_commands(
             "Fit the vocabulary that was chosen:",
             command("tokenizer fit", data=data, **fitted, seed=seed, out=tokenizer),
         ),
-        ("Look at its tokens:", command("tokenizer show", tokenizer=tokenizer, data=data, out=shown)),
+        ("Look at its tokens:", command("tokenizer show", tokenizer=tokenizer, data=data, out=folder / "pictures")),
         (
-            "Score tokenizers, before any training:",
-            command("tcas", tokenizer=list(scored), data=data, bootstrap=bootstrap, seed=seed),
+            "Score it beside others, before any training:",
+            command("tcas", tokenizer=[tokenizer, *others], data=data, bootstrap=bootstrap, seed=seed),
         ),
         (
             "Pretrain ClusterMIM, which predicts the tokens of hidden patches:",

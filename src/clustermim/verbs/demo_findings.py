@@ -44,9 +44,10 @@ def answer(judged: Sequence[Judged], test_images: int) -> list[str]:
     pixels = _best([j for j in judged if j.masked == "pixel"], "linear")
     if tokens is None or pixels is None:
         return []
+    of_its_kind = ", the better of its kind" if sum(j.masked == "pixel" for j in judged) > 1 else ""
     told = [
         f"Masked **tokens** ({tokens.name}, the vocabulary chosen by its score before training) against masked "
-        f"**pixels** ({pixels.name}, the better of its kind), frozen features, the same number of epochs:"
+        f"**pixels** ({pixels.name}{of_its_kind}), frozen features, the same number of epochs:"
     ]
     for protocol, words in PROTOCOLS.items():
         ours, theirs = tokens.accuracy[protocol], pixels.accuracy[protocol]

@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from rich.markup import escape
 from rich.table import Table
 
 from clustermim.render.figures import Curve, Point, dot_chart, interval_chart, loss_curves
@@ -62,28 +63,30 @@ class Story:
 
 
 def rich_table(scored: Sequence[Scored], judged: Sequence[Judged], chosen: str) -> Table:
-    """One table: what was trained, the floors, and the tokenizers behind them."""
-    table = Table(title="Tokens scored before training, encoders judged after it (test accuracy, %)")
-    for column in ("", "alignment, cross-fitted"):
-        table.add_column(column, no_wrap=True)
-    for column in ("K", "foreseen", *PROTOCOLS.values()):
+    """One table, 80 columns wide: what was trained, the floors, and the tokenizers behind them."""
+    table = Table(
+        title="Tokens scored before training, encoders judged after it (test accuracy in %)", title_justify="left"
+    )
+    table.add_column("", no_wrap=True)
+    for column in ("alignment, 95 %", "foreseen", "k-NN", "linear"):
         table.add_column(column, justify="right", no_wrap=True)
     order = predicted_order(judged)
     for floor in (False, True):
         table.add_section()
+        table.add_row("[bold]Floors[/]" if floor else "[bold]Pretrained encoders[/]")
         for j in judged:
             if j.floor == floor:
                 cells = [f"{100 * j.accuracy[p]:.1f}" if p in j.accuracy else "–" for p in PROTOCOLS]
                 place = f"{order.index(j.name) + 1}." if j.name in order else ""
-                known = "" if j.alignment is None else f"{j.alignment:.3f} of {j.tokens}"
-                table.add_row(f"{j.name} (floor)" if floor else j.name, known, "", place, *cells)
+                table.add_row(j.name, "" if j.alignment is None else f"{j.alignment:z.3f}", place, *cells)
     for control in (False, True):
         table.add_section()
+        table.add_row("[bold]Controls[/]" if control else "[bold]Tokens[/]")
         for s in scored:
             if s.control == control:
-                ends = "" if s.alignment_low is None else f" [{s.alignment_low:.3f}, {s.alignment_high:.3f}]"
-                name = f"tokens {s.name}" + (" (control)" if control else " (chosen)" if s.name == chosen else "")
-                table.add_row(name, f"{s.alignment_crossfit:.3f}{ends}", f"{s.vocab_size:,}", "", "", "")
+                ends = "" if s.alignment_low is None else f" [{s.alignment_low:z.3f}, {s.alignment_high:z.3f}]"
+                name = f"{s.name}, chosen" if s.name == chosen else s.name
+                table.add_row(name, escape(f"{s.alignment_crossfit:z.3f}{ends}"))
     return table
 
 
@@ -111,10 +114,10 @@ def _results(section: Section, story: Story) -> None:
     section.table(
         [
             Column(key="name", title="encoder", kind="text"),
-            Column(key="kind", title="what it is", kind="text"),
             Column(key="knn", title="k-NN, %", digits=1, best="max"),
             Column(key="linear", title="linear, %", digits=1, best="max"),
             Column(key="alignment", title="alignment of its targets"),
+            Column(key="kind", title="what it is", kind="text"),
         ],
         rows,
         caption=f"Test accuracy of frozen features on {story.test_images} images that no step has seen. Best in bold; "
@@ -216,7 +219,7 @@ def _training(section: Section, story: Story) -> None:
     section.chart(
         loss_curves(story.curves),
         description="Training loss of each encoder over epochs.",
-        caption="Mean training loss of each epoch.",
+        caption="Training loss, averaged over every few steps.",
     )
 
 
@@ -242,6 +245,6 @@ def _predictions(section: Section, story: Story) -> None:
     for sentence in prediction_findings(story.judged, story.test_images):
         section.paragraph(sentence)
     section.paragraph(
-        "A handful of encoders, one seed and an easy data set cannot prove or refute a score: `clustermim study` is "
-        "the place for that."
+        "A few encoders, one seed and an easy data set cannot prove or refute a score: that takes more vocabularies, "
+        "several seeds and harder images."
     )

@@ -103,7 +103,7 @@ class DemoResult:
 def demo(
     *,
     out: Path = Path("demo"),
-    epochs: int = 10,
+    epochs: int = 14,
     bootstrap: int = 500,
     seed: int = 0,
     limit: int | None = None,
@@ -150,6 +150,7 @@ def demo(
             result = read_result(run.path)
         else:
             steps = _Demo(run.path, epochs, bootstrap, seed, DataOptions(limit=limit), device)
+            steps.resumed = run.resuming
             result = steps.run_all()
             run.finish({"seconds": steps.seconds})
     if json is not None:
@@ -163,6 +164,7 @@ class _Demo:
     def __init__(self, out: Path, epochs: int, bootstrap: int, seed: int, options: DataOptions, device: Device) -> None:
         self.out, self.epochs, self.bootstrap, self.seed = out, epochs, bootstrap, seed
         self.options, self.device = options, device
+        self.resumed = False
         self.seconds: dict[str, float] = {}
         self.console = Console(stderr=True)
         self.train, test = open_splits(DATA, options)
@@ -286,20 +288,17 @@ class _Demo:
             view=views[result.chosen],
             commands=step_commands(
                 data=DATA,
-                tokenizer=self._tokenizer(result.chosen),
+                chosen=result.chosen,
                 fitted={**VOCABULARIES[result.chosen], "patch_size": TRAINING["patch_size"]},
-                scored=[self._tokenizer(s.name) for s in result.scored],
+                others=[self._tokenizer(name) for name in ("pixel-10", "random-centroids")],
                 bootstrap=self.bootstrap,
                 trained={**TRAINING, "epochs": self.epochs},
-                token_run=self._run(arms[0]),
-                pixel_run=self._run(arms[-1]),
                 pixel_target=arms[-1].target,
                 seed=self.seed,
-                shown=self.out / "show",
             ),
             facts={
                 "data": f"{DATA}: {len(self.train):,} training and {self.test_images:,} test images of 8 × 8 pixels",
-                "time": f"{sum(self.seconds.values()):.0f} s: "
+                "time" + (" since it was resumed" if self.resumed else ""): f"{sum(self.seconds.values()):.0f} s: "
                 + ", ".join(f"{name} {seconds:.0f} s" for name, seconds in self.seconds.items()),
                 "seed": str(self.seed),
                 "hardware": ", ".join(f"{key} {value}" for key, value in facts["hardware"].items()),
@@ -319,7 +318,7 @@ def choose(scored: Sequence[Scored]) -> tuple[str, str]:
 
 
 def make_arms(chosen: str, rival: str, tokenizers: Path) -> list[Arm]:
-    """What is trained: the best and the worst vocabulary by score, and pixels raw and normalised patch by patch."""
+    """What is trained: on tokens of the best and of the worst vocabulary by score, and on pixels, as MAE is."""
     arms = [
         Arm(
             name=f"ClusterMIM, {name}",
@@ -329,10 +328,7 @@ def make_arms(chosen: str, rival: str, tokenizers: Path) -> list[Arm]:
         )
         for name in dict.fromkeys((chosen, rival))
     ]
-    for name, folder, norm_pix in (("MAE", "mae", False), ("MAE, norm-pix", "mae-norm-pix", True)):
-        target = {"target": "pixel", "norm_pix": norm_pix}
-        arms.append(Arm(name=name, folder=folder, target=target, tokens="identity"))
-    return arms
+    return [*arms, Arm(name="MAE", folder="mae", target={"target": "pixel", "norm_pix": True}, tokens="identity")]
 
 
 def scored_from(row: Mapping[str, Any], *, control: bool) -> Scored:

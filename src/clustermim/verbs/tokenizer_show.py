@@ -168,7 +168,7 @@ def add_maps(section: Section, view: TokenView) -> None:
     """Token maps as a gallery on a page, without the legend."""
     tiles = map_tiles(view)
     width = max(tile.picture.shape[1] for tile in tiles)
-    section.gallery(tiles, side=min(width, 330), caption=_MAP_NOTE)
+    section.gallery(tiles, side=min(width, 264), caption=_MAP_NOTE)
 
 
 def _page(view: TokenView, name: str, data: str) -> Page:
