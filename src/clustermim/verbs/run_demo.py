@@ -103,7 +103,7 @@ class DemoResult:
 def demo(
     *,
     out: Path = Path("demo"),
-    epochs: int = 14,
+    epochs: int = 10,
     bootstrap: int = 500,
     seed: int = 0,
     limit: int | None = None,
