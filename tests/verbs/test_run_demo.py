@@ -42,7 +42,7 @@ def out(made: DemoResult) -> Path:
 
 def test_every_step_leaves_its_files(out: Path) -> None:
     assert {path.name for path in (out / "tokenizers").iterdir()} == {*VOCABULARIES, *CONTROLS}
-    assert len(list((out / "runs").glob("*/encoder.safetensors"))) == 3
+    assert len(list((out / "runs").glob("*/encoder.safetensors"))) == 4
     assert json.loads((out / "manifest.json").read_text())["status"] == "finished"
 
 
@@ -50,7 +50,7 @@ def test_the_ranking_was_written_before_any_training(out: Path) -> None:
     written = (out / "predictions.json").stat().st_mtime
     assert all(written <= run.stat().st_mtime for run in (out / "runs").glob("*/config.yaml"))
     ranking = json.loads((out / "predictions.json").read_text())["ranking"]
-    assert [row["place"] for row in ranking] == [1, 2, 3]
+    assert [row["place"] for row in ranking] == [1, 2, 3, 4]
     assert sorted(ranking, key=lambda row: -row["alignment"]) == ranking
 
 
@@ -121,7 +121,7 @@ def test_a_stopped_demo_is_finished_without_repeating_what_is_done(made: DemoRes
     with pytest.raises(InputError, match="--resume"):
         demo(out=out, **SMALL)
     kept = {path: path.stat().st_mtime for path in out.glob("*/*/*.safetensors")}
-    assert len(kept) == len(VOCABULARIES) + len(CONTROLS) + 2 * 3
+    assert len(kept) == len(VOCABULARIES) + len(CONTROLS) + 2 * 4
     again = demo(out=out, **SMALL, resume=True)
     assert again.rows() == made.rows()
     assert again.report.exists()

@@ -110,6 +110,10 @@ def build_page(story: Story) -> Page:
 
 def _results(section: Section, story: Story) -> None:
     section.note(*floor_findings(story.judged, story.test_images))
+    section.paragraph(
+        "An illustration, not evidence: one seed, few epochs, and a batch size and budget that were settled while "
+        "accuracies on these same test images could be seen. Draw no conclusion about the methods from this table."
+    )
     rows = [_judged_row(j, predicted_order(story.judged)) for j in story.judged]
     section.table(
         [

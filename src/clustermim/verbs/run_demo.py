@@ -32,8 +32,8 @@ from clustermim.verbs.token_views import look_at_tokens
 from clustermim.verbs.tokenizer_fit import fit_tokenizer
 
 DATA = "digits"
-TRAINING: Mapping[str, Any] = {"model": "vit_micro", "patch_size": 2, "batch_size": 64, "lr": 2e-3}
-"""The same for every encoder: only the target differs."""
+TRAINING: Mapping[str, Any] = {"model": "vit_micro", "patch_size": 2, "batch_size": 64, "lr": 1e-3}
+"""The same for every encoder: only the target differs. The learning rate is the token target's default."""
 
 VOCABULARIES: Mapping[str, Mapping[str, Any]] = {
     "pixel-10": {"features": "pixel", "k": 10},
@@ -103,7 +103,7 @@ class DemoResult:
 def demo(
     *,
     out: Path = Path("demo"),
-    epochs: int = 10,
+    epochs: int = 8,
     bootstrap: int = 500,
     seed: int = 0,
     limit: int | None = None,
@@ -328,7 +328,10 @@ def make_arms(chosen: str, rival: str, tokenizers: Path) -> list[Arm]:
         )
         for name in dict.fromkeys((chosen, rival))
     ]
-    return [*arms, Arm(name="MAE", folder="mae", target={"target": "pixel", "norm_pix": True}, tokens="identity")]
+    for name, folder, norm_pix in (("MAE, raw pixels", "mae-raw", False), ("MAE, norm-pix", "mae-norm-pix", True)):
+        target = {"target": "pixel", "norm_pix": norm_pix}
+        arms.append(Arm(name=name, folder=folder, target=target, tokens="identity"))
+    return arms
 
 
 def scored_from(row: Mapping[str, Any], *, control: bool) -> Scored:
