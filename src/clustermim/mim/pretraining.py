@@ -1,6 +1,5 @@
 """Masked pretraining: the loop, from top to bottom, and what it is told."""
 
-import contextlib
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -13,7 +12,7 @@ from torch import Tensor, nn
 
 from clustermim.data.loaders import Batch, Loader
 from clustermim.data.masks import hidden_count, random_masks
-from clustermim.errors import InputError, Stopped
+from clustermim.errors import InputError
 from clustermim.mim.model import MaskedImageModel
 from clustermim.mim.targets import Target, TargetLoss
 from clustermim.runs import RunDirectory
@@ -22,6 +21,7 @@ from clustermim.training.launch import StopRequest, agree
 from clustermim.training.ledger import Ledger, check_weights
 from clustermim.training.optimiser import cosine_with_warmup, make_adamw, scaled_lr, set_learning_rate
 from clustermim.training.progress import TrainingProgress
+from clustermim.training.resuming import raise_stopped, restore, snapshot, unsynchronised
 
 _ADVICE = "The last good checkpoint is kept. Lower --lr, set --clip-grad 1, or use --precision 32-true."
 
@@ -218,36 +218,8 @@ def train(
                         spent = seconds + time.monotonic() - began
                         checkpoints.save(done, snapshot(model, optimiser, ledger, spent, row))
                 if stopping and done < total:
-                    raise_stopped(stop, done, total)
+                    raise_stopped(stop, done, total, "Pretraining")
     return row
-
-
-def snapshot(model: nn.Module, optimiser: Any, ledger: Ledger, seconds: float, row: dict[str, Any]) -> dict[str, Any]:
-    """All that a continued run needs; order, views and masks are functions of the step, so no generator is saved."""
-    return {
-        "model": model.state_dict(),
-        "optimiser": optimiser.state_dict(),
-        "ledger": ledger.state(),
-        "seconds": seconds,
-        "row": row,
-    }
-
-
-def restore(
-    checkpoints: Checkpoints, model: nn.Module, optimiser: Any, ledger: Ledger, run: RunDirectory | None
-) -> tuple[int, float, dict[str, Any]]:
-    """Load the latest checkpoint; returns the steps done, the seconds spent and the last row of metrics."""
-    found = checkpoints.load_latest()
-    done, seconds, row = 0, 0.0, {}
-    if found is not None:
-        done, state = found
-        model.load_state_dict(state["model"])
-        optimiser.load_state_dict(state["optimiser"])
-        ledger.restore(state["ledger"])
-        seconds, row = state["seconds"], state["row"]
-    if run is not None and run.resuming:
-        run.truncate_metrics(done)
-    return done, seconds, row
 
 
 def compiled(model: nn.Module) -> nn.Module:
@@ -262,21 +234,3 @@ def choose_attention(model: nn.Module, fabric: Fabric) -> None:
         for module in model.modules():
             if isinstance(module, Attention):
                 module.fused_attn = False  # type: ignore[misc]  # final only for TorchScript
-
-
-def unsynchronised(fabric: Fabric, forward: Any, wanted: bool) -> contextlib.AbstractContextManager[Any]:
-    """Between processes gradients are averaged once a step, not for each accumulated part."""
-    if wanted and fabric.world_size > 1:
-        context: contextlib.AbstractContextManager[Any] = fabric.no_backward_sync(forward)
-        return context
-    return contextlib.nullcontext()
-
-
-def raise_stopped(stop: StopRequest, done: int, total: int) -> None:
-    """End a run that was asked to stop: Ctrl-C as Python does, anything else as `Stopped`."""
-    if stop.interrupted:
-        raise KeyboardInterrupt
-    raise Stopped(
-        f"Pretraining was stopped {stop.reason or 'by another process'} after step {done} of {total}; a checkpoint is "
-        "in place. Repeat the command with --resume to continue exactly."
-    )

@@ -1,0 +1,69 @@
+"""What a checkpoint holds, how a run goes on from it, and how a run that was asked to stop ends."""
+
+import contextlib
+from typing import Any
+
+from lightning_fabric import Fabric
+from torch import nn
+
+from clustermim.errors import Stopped
+from clustermim.runs import RunDirectory
+from clustermim.training.checkpoints import Checkpoints
+from clustermim.training.launch import StopRequest
+from clustermim.training.ledger import Ledger
+
+
+def snapshot(model: nn.Module, optimiser: Any, ledger: Ledger, seconds: float, row: dict[str, Any]) -> dict[str, Any]:
+    """All that a continued run needs; order, views and masks are functions of the step, so no generator is saved."""
+    return {
+        "model": model.state_dict(),
+        "optimiser": optimiser.state_dict(),
+        "ledger": ledger.state(),
+        "seconds": seconds,
+        "row": row,
+    }
+
+
+def restore(
+    checkpoints: Checkpoints, model: nn.Module, optimiser: Any, ledger: Ledger, run: RunDirectory | None
+) -> tuple[int, float, dict[str, Any]]:
+    """Load the latest checkpoint; returns the steps done, the seconds spent and the last row of metrics."""
+    found = checkpoints.load_latest()
+    done, seconds, row = 0, 0.0, {}
+    if found is not None:
+        done, state = found
+        model.load_state_dict(state["model"])
+        optimiser.load_state_dict(state["optimiser"])
+        ledger.restore(state["ledger"])
+        seconds, row = state["seconds"], state["row"]
+    if run is not None and run.resuming:
+        run.truncate_metrics(done)
+    return done, seconds, row
+
+
+def unsynchronised(fabric: Fabric, forward: Any, wanted: bool) -> contextlib.AbstractContextManager[Any]:
+    """Between processes gradients are averaged once a step, not for each accumulated part."""
+    if wanted and fabric.world_size > 1:
+        context: contextlib.AbstractContextManager[Any] = fabric.no_backward_sync(forward)
+        return context
+    return contextlib.nullcontext()
+
+
+def raise_stopped(stop: StopRequest, done: int, total: int, what: str) -> None:
+    """End a run that was asked to stop: Ctrl-C as Python does, anything else as `Stopped`.
+
+    Parameters
+    ----------
+    stop
+        Who asked.
+    done, total
+        Steps.
+    what
+        What was stopped, as the subject of a sentence: "Pretraining".
+    """
+    if stop.interrupted:
+        raise KeyboardInterrupt
+    raise Stopped(
+        f"{what} was stopped {stop.reason or 'by another process'} after step {done} of {total}; a checkpoint is "
+        "in place. Repeat the command with --resume to continue exactly."
+    )
