@@ -10,6 +10,7 @@ from torch.utils.data import Dataset
 
 from clustermim.data.arrays import from_array, from_dataset, from_digits, from_npz
 from clustermim.data.collection import Collection
+from clustermim.data.idx import from_fashion_mnist
 from clustermim.data.options import DataOptions
 from clustermim.data.readers import IMAGE_SUFFIXES
 from clustermim.data.tables import from_hub, from_parquet, from_shards, from_tables
@@ -20,7 +21,7 @@ from clustermim.errors import InputError, nearest
 DataLike: TypeAlias = "str | Path | np.ndarray | Tensor | tuple[Any, ...] | Dataset[Any] | Sized"
 Split: TypeAlias = Literal["train", "test", "all"]
 
-SOURCE_NAMES = ("digits",)
+SOURCE_NAMES = ("digits", "fashion-mnist")
 _SPLITS: dict[str, Split] = {"train": "train", "test": "test", "all": "all"}
 
 
@@ -61,6 +62,8 @@ def _collect_named(text: str, options: DataOptions) -> tuple[Collection, Split |
             raise InputError(f"{text} asks for a split {ending!r}, which does not exist.{nearest(ending, _SPLITS)}")
     if name == "digits":
         return from_digits(), suffix
+    if name == "fashion-mnist":
+        return from_fashion_mnist(), suffix
     if name.startswith("hf://"):
         return from_hub(name), suffix
     path = Path(name).expanduser()

@@ -190,10 +190,10 @@ def open_source(data: DataLike, options: DataOptions = DEFAULTS, *, split: Split
     Parameters
     ----------
     data
-        `digits`; a path: folder of class folders (with or without train/ and test/), flat folder, zip of either,
-        parquet file or folder, `.npz` with `x` and optionally `y`, TIFF; each with an optional `#train`, `#test` or
-        `#all` behind it. In Python also an array (n, H, W[, C]), a tensor (n, C, H, W), a pair (images, labels), or
-        a map-style Dataset.
+        `digits`; `fashion-mnist`; a path: folder of class folders (with or without train/ and test/), flat folder, zip
+        of either, parquet file or folder, `.npz` with `x` and optionally `y`, TIFF; each with an optional `#train`,
+        `#test` or `#all` behind it. In Python also an array (n, H, W[, C]), a tensor (n, C, H, W), a pair (images,
+        labels), or a map-style Dataset.
     options
         How images are read, split and viewed.
     split
