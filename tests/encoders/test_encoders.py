@@ -8,6 +8,7 @@ import pytest
 import timm
 import torch
 from encoder_samples import HEIGHT, WIDTH, make_view, tiny_vit, write_run
+from hf_samples import write_hf
 from torch import nn
 
 from clustermim.encoders.contract import Encoder
@@ -24,8 +25,18 @@ def plain_module(channels: int) -> nn.Module:
     return nn.Sequential(nn.Conv2d(channels, 12, 8, 8), nn.BatchNorm2d(12), nn.GELU())
 
 
+def hf_model(name: str) -> Callable[[Path, int], str]:
+    return lambda folder, channels: f"hf:{write_hf(folder, name, channels)}?size={HEIGHT}x{WIDTH}"
+
+
 KINDS: dict[str, Callable[[Path, int], object]] = {
     "run": write_run,
+    "hf vit": hf_model("ViTModel"),
+    "hf vit_mae": hf_model("ViTMAEForPreTraining"),
+    "hf dinov2": hf_model("Dinov2Model"),
+    "hf dinov2 with registers": hf_model("Dinov2WithRegistersModel"),
+    "hf beit": hf_model("BeitModel"),
+    "hf beit, masked": hf_model("BeitForMaskedImageModeling"),
     "random preset": lambda folder, channels: "random:vit_micro?patch_size=8",
     "random timm cnn": lambda folder, channels: "random:test_efficientnet",
     "random timm vit": lambda folder, channels: "random:test_vit?patch_size=8",

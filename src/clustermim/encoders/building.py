@@ -18,6 +18,7 @@ from clustermim.encoders.presets import (
     model_kwargs,
     sincos_positions,
 )
+from clustermim.encoders.spec_options import parse_size, whole_number
 from clustermim.encoders.timm_encoder import TimmEncoder, declared_statistics
 from clustermim.encoders.weights import load_exactly, read_weights, shape
 from clustermim.errors import InputError, nearest
@@ -83,7 +84,7 @@ def open_timm(spec: str, rest: str, options: Mapping[str, str], view: ViewConfig
     """
     name, _, file = rest.partition("@")
     config = find_timm(name)
-    size = _parse_size(spec, options.get("size"), view)
+    size = parse_size(spec, options.get("size"), view)
     channels = 3 if view is None or view.channels in (1, 3) else view.channels
     kwargs: dict[str, Any] = {"num_classes": 0, "in_chans": channels}
     if size is not None and (config is None or config.fixed_input_size):
@@ -119,8 +120,8 @@ def open_random(spec: str, rest: str, options: Mapping[str, str], view: ViewConf
     """
     if view is None:
         raise InputError(f"{spec} is made to the measure of the images: pass `view`, for example `source.view`.")
-    seed = _integer(spec, "seed", options.get("seed", "0"))
-    patch = _integer(spec, "patch_size", options["patch_size"]) if "patch_size" in options else None
+    seed = whole_number(spec, "seed", options.get("seed", "0"))
+    patch = whole_number(spec, "patch_size", options["patch_size"]) if "patch_size" in options else None
     preset = find_preset(rest)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -246,23 +247,3 @@ def _first_mismatch(state: dict[str, Tensor], expected: dict[str, Tensor]) -> st
         instead = f" (it holds {extra[0]} {shape(state[extra[0]])} instead)" if extra else ""
         return f"the model's {missing[0]} {shape(expected[missing[0]])} is not in it{instead}"
     return f"the model has no {extra[0]} {shape(state[extra[0]])}" if extra else None
-
-
-def _parse_size(spec: str, text: str | None, view: ViewConfig | None) -> tuple[int, int] | None:
-    if text is None:
-        return None
-    if text == "source":
-        if view is None:
-            raise InputError(f"{spec}: size=source takes the size of the images: pass `view`.")
-        return view.image_size
-    sides = [_integer(spec, "size", side) for side in text.split("x")]
-    if len(sides) > 2:
-        raise InputError(f"{spec}: size is a side, HxW or 'source', not {text!r}.")
-    return sides[0], sides[-1]
-
-
-def _integer(spec: str, key: str, text: str) -> int:
-    try:
-        return int(text)
-    except ValueError:
-        raise InputError(f"{spec}: {key} must be a whole number, not {text!r}.") from None

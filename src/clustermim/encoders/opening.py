@@ -12,6 +12,7 @@ from clustermim.data.views import ViewConfig
 from clustermim.encoders.building import open_random, open_run, open_timm
 from clustermim.encoders.contract import Encoder
 from clustermim.encoders.floors import open_raw_pixels
+from clustermim.encoders.hf_encoder import open_hf
 from clustermim.encoders.module_encoder import ModuleEncoder
 from clustermim.encoders.timm_encoder import TimmEncoder, declared_statistics
 from clustermim.errors import InputError, nearest
@@ -32,6 +33,7 @@ class Kind:
 
 OPENERS: dict[str, Kind] = {
     "timm": Kind(open_timm, "size", "remap"),
+    "hf": Kind(open_hf, "size"),
     "random": Kind(open_random, "patch_size", "seed"),
     "raw-pixels": Kind(open_raw_pixels, bare=True),
 }
@@ -48,8 +50,9 @@ def open_encoder(
     Parameters
     ----------
     spec
-        A run directory, `timm:<name>[@file]`, `random:<model>`, `raw-pixels`, or a module: an `Encoder` is returned
-        as it is, a timm model keeps its layers, any other may return (B, D), (B, N, D) or (B, D, h, w).
+        A run directory, `timm:<name>[@file]`, `hf:<folder or repository>`, `mae:<file>`, `random:<model>`,
+        `raw-pixels`, or a module: an `Encoder` is returned as it is, a timm model keeps its layers, any other may
+        return (B, D), (B, N, D) or (B, D, h, w).
     view
         Size, channels and statistics of the images, for the kinds that are made to their measure.
     kinds
