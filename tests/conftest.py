@@ -25,3 +25,5 @@ def checked(thing):  # type: ignore[no-untyped-def]
 
 
 install_import_hook("clustermim", "conftest.checked")
+
+pytest_plugins = ["invoking"]

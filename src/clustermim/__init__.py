@@ -22,6 +22,7 @@ _API = {
     "augmentation_spectrum": "clustermim.scoring.graph",
     "MaskedImageModel": "clustermim.mim.model",
     "fit_tokenizer": "clustermim.verbs.tokenizer_fit",
+    "import_tokenizer": "clustermim.verbs.tokenizer_import",
     "show_tokenizer": "clustermim.verbs.tokenizer_show",
     "tokenize": "clustermim.verbs.tokenize_images",
     "tcas": "clustermim.verbs.score",
@@ -41,6 +42,7 @@ __all__ = [
     "demo",
     "fit_tokenizer",
     "graph",
+    "import_tokenizer",
     "load_tokenizer",
     "make_features",
     "make_loader",
@@ -71,6 +73,7 @@ if TYPE_CHECKING:
     from clustermim.verbs.score import tcas
     from clustermim.verbs.tokenize_images import tokenize
     from clustermim.verbs.tokenizer_fit import fit_tokenizer
+    from clustermim.verbs.tokenizer_import import import_tokenizer
     from clustermim.verbs.tokenizer_show import show_tokenizer
 
 

@@ -27,6 +27,7 @@ _VERBS = {
 }
 _TOKENIZER_VERBS = {
     "fit": ("tokenizer_fit:fit_tokenizer", "Fit a tokenizer to a data set, or make a control."),
+    "import": ("tokenizer_import:import_tokenizer", "Make a tokenizer of centroids that were clustered elsewhere."),
     "show": ("tokenizer_show:show_tokenizer", "Vocabulary and token maps as pictures."),
 }
 

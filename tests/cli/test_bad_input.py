@@ -4,7 +4,6 @@ import io
 import json
 import os
 import socket
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -12,40 +11,7 @@ import pytest
 from PIL import Image
 
 from clustermim.cli import run
-
-Invoke = Callable[..., str]
-
-
-@pytest.fixture
-def fails(capsys: pytest.CaptureFixture[str]) -> Invoke:
-    """Run a command line that must end with `code`; gives back its message as one line."""
-
-    def invoke(*arguments: object, code: int = 2) -> str:
-        capsys.readouterr()
-        found = run([str(argument) for argument in arguments])
-        captured = capsys.readouterr()
-        assert found == code, captured.err
-        assert "Traceback" not in captured.err + captured.out
-        assert captured.out == ""
-        message = " ".join(captured.err.replace("│", " ").split())
-        assert message, "an error without a message"
-        return message
-
-    return invoke
-
-
-@pytest.fixture
-def works(capsys: pytest.CaptureFixture[str]) -> Invoke:
-    """Run a command line that must succeed; gives back what it told on stderr and stdout as one line."""
-
-    def invoke(*arguments: object) -> str:
-        capsys.readouterr()
-        found = run([str(argument) for argument in arguments])
-        captured = capsys.readouterr()
-        assert found == 0, captured.err
-        return " ".join((captured.err + " " + captured.out).split())
-
-    return invoke
+from invoking import Invoke
 
 
 def write_images(folder: Path, count: int, *, classes: int = 0, size: int = 8) -> Path:

@@ -17,6 +17,7 @@ from clustermim.data.options import DataOptions
 from clustermim.data.sources import ImageSource, open_source
 from clustermim.errors import InputError
 from clustermim.tokenizers.fitting import fit
+from clustermim.tokenizers.importing import import_centroids
 from clustermim.tokenizers.tokenizer import KINDS, Tokenizer, load_tokenizer
 
 IMAGES, SIDE = 60, 4
@@ -31,6 +32,7 @@ CASES: dict[str, dict[str, Any]] = {
     "context": {"k": 8, "features": "pixel?context=8+pixel"},
     "backbone": {"k": 8, "features": "backbone:test_resnet@WEIGHTS?layer=2&size=64"},
     "large": {"k": 200},
+    "imported": {"k": 8, "imported": "dot"},
     "random-centroids": {"k": 8, "kind": "random-centroids"},
     "identity": {"kind": "identity"},
     "random": {"k": 8, "kind": "random", "seed": 3},
@@ -57,6 +59,9 @@ def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def make(case: dict[str, Any], weights: Path, **more: Any) -> Tokenizer:
+    if "imported" in case:
+        table = uniform(7, torch.arange(case["k"])[:, None], torch.arange(SIDE * SIDE * 3)) - 0.5
+        return import_centroids(table, "pixel", patch_size=SIDE, view=source_of(case).view, metric=case["imported"])
     asked = {key: value for key, value in case.items() if key not in ("size", "channels")} | more
     if "features" in asked:
         asked["features"] = asked["features"].replace("WEIGHTS", str(weights))
@@ -166,8 +171,12 @@ def test_options_left_open_are_the_tokenizer_s(fitted: Fitted) -> None:
 def test_the_config_says_where_it_comes_from(fitted: Fitted) -> None:
     tokenizer, x, _ = fitted
     facts = json.loads(json.dumps(tokenizer.config))["facts"]
-    assert facts["images"] == len(x) and facts["data_fingerprint"] and facts["versions"]["torch"] and "seed" in facts
-    if tokenizer.kind == "kmeans":
+    assert facts["versions"]["torch"]
+    if facts.get("imported"):
+        assert facts["centroids_sha256"] and facts["spec"]
+    else:
+        assert facts["images"] == len(x) and facts["data_fingerprint"] and "seed" in facts
+    if tokenizer.kind == "kmeans" and not facts.get("imported"):
         assert facts["inertia"] > 0 and facts["spec"] and facts["used_tokens"] == tokenizer.vocab_size
     row = tokenizer.rows()[0]
     assert all(isinstance(value, str | int | float | bool) for value in row.values())

@@ -20,9 +20,9 @@ def _whole_numbers(kind: Any, tokens: Sequence[Token]) -> tuple[int, ...]:
         raise ValueError(f"a size in pixels is one or two whole numbers, not {typed!r}") from None
 
 
-_LIST = Parameter(consume_multiple=True, negative="")
+NUMBERS = Parameter(consume_multiple=True, negative="")
 # Of "one number or several" cyclopts would read one; so the tokens are taken as they come.
-_SIZES = Parameter(consume_multiple=True, negative="", n_tokens=-1, converter=_whole_numbers)
+SIZES = Parameter(consume_multiple=True, negative="", n_tokens=-1, converter=_whole_numbers)
 _PAIR = Parameter(negative="")
 
 
@@ -30,7 +30,7 @@ _PAIR = Parameter(negative="")
 class DataOptions:
     """How images are read, split and viewed; what is left out takes the source's own default."""
 
-    image_size: Annotated[int | tuple[int, ...] | None, _SIZES] = None
+    image_size: Annotated[int | tuple[int, ...] | None, SIZES] = None
     """Size of a view in pixels: one number, or height and width. Default: that of the images if all are equal, else
     224."""
 
@@ -44,10 +44,10 @@ class DataOptions:
     crop_scale: Annotated[tuple[float, float] | None, _PAIR] = None
     """Smallest and largest share of the image's area in a training crop. Default: 0.2 1, for digits 0.8 1."""
 
-    mean: Annotated[tuple[float, ...] | None, _LIST] = None
+    mean: Annotated[tuple[float, ...] | None, NUMBERS] = None
     """Mean of each channel, in [0, 1]. Default: measured on up to 2,000 training images."""
 
-    std: Annotated[tuple[float, ...] | None, _LIST] = None
+    std: Annotated[tuple[float, ...] | None, NUMBERS] = None
     """Standard deviation of each channel. Default: measured with the mean."""
 
     value_range: Annotated[tuple[float, float] | None, _PAIR] = None

@@ -5,6 +5,7 @@ import pickle
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import safetensors.torch
 import torch
@@ -31,15 +32,29 @@ def read_weights(path: str | Path) -> dict[str, Tensor]:
     InputError
         No such file, a damaged one, one that would have to run code, or one without tensors.
     """
+    content = read_without_running(path)
+    if not isinstance(content, Mapping):
+        raise InputError(f"{path} holds a {type(content).__name__}, not a mapping of names to tensors.")
+    return dict(content) if Path(path).suffix == ".safetensors" else unwrap(content, str(path))
+
+
+def read_without_running(path: str | Path) -> Any:
+    """What a `.safetensors` or PyTorch file holds, on the CPU, whatever its layout; no code in it is ever run.
+
+    Raises
+    ------
+    InputError
+        No such file, a damaged one, or one that would have to run code.
+    """
     path = Path(path)
     if not path.is_file():
         raise InputError(f"There are no weights at {path}: no such file. Check the path.")
     try:
         if path.suffix == ".safetensors":
-            return dict(safetensors.torch.load_file(path))
+            return safetensors.torch.load_file(path)
         # MAE, DINO and many others keep their command line beside the weights; a Namespace runs nothing.
         with torch.serialization.safe_globals([argparse.Namespace]):
-            content = torch.load(path, map_location="cpu", weights_only=True)
+            return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         if not (zipfile.is_zipfile(path) or path.read_bytes()[:1] == b"\x80"):
             raise InputError(f"{path} is not a checkpoint that PyTorch can read. Give .safetensors or .pth.") from error
@@ -51,9 +66,6 @@ def read_weights(path: str | Path) -> dict[str, Tensor]:
         raise InputError(
             f"{path} cannot be read as a checkpoint: {error}. Is it damaged or half downloaded?"
         ) from error
-    if not isinstance(content, Mapping):
-        raise InputError(f"{path} holds a {type(content).__name__}, not a mapping of names to tensors.")
-    return unwrap(content, str(path))
 
 
 def load_exactly(model: nn.Module, state: Mapping[str, Tensor], where: str, what: str) -> None:
