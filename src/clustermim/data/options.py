@@ -3,7 +3,7 @@
 import math
 import re
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Annotated, Any, Literal
 
 from cyclopts import Parameter, Token
@@ -112,6 +112,10 @@ class DataOptions:
             return None
         assert not isinstance(self.image_size, int)
         return (self.image_size[0], self.image_size[-1])
+
+    def given(self) -> dict[str, Any]:
+        """The options that were set, as they are spelt on the command line: what a run's `config.yaml` keeps."""
+        return {field.name: value for field in fields(self) if (value := getattr(self, field.name)) != field.default}
 
     def group_pattern(self) -> "re.Pattern[str]":
         """`group` as a regular expression with exactly one group.

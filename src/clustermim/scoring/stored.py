@@ -48,7 +48,8 @@ def open_ids(path: str | Path) -> StoredIds:
     if not path.exists():
         beside = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
         raise InputError(f"There are no stored ids at {path}.{nearest(path.name, beside)}")
-    files = tuple(sorted(path.glob("*.npz"))) if path.is_dir() else (path,)
+    # A name that starts with a dot is a file that is being written, or that a kill left unfinished.
+    files = tuple(sorted(path.glob("[!.]*.npz"))) if path.is_dir() else (path,)
     if not files:
         raise InputError(f"The folder {path} holds no .npz file of ids; make some with `clustermim tokenize`.")
     labels, groups, index = [], [], []

@@ -5,7 +5,15 @@ from types import TracebackType
 from typing import TypeVar
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    SpinnerColumn,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 
 T = TypeVar("T", bound=Sized)
 
@@ -32,6 +40,7 @@ class PassProgress:
                 MofNCompleteColumn(),
                 TextColumn(unit),
                 TimeElapsedColumn(),
+                TimeRemainingColumn(),
                 console=console,
             )
             self._task = self._bar.add_task("", total=None)

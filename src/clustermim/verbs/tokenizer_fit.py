@@ -3,7 +3,6 @@
 import contextlib
 import json as jsonlib
 from collections.abc import Callable
-from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -121,7 +120,7 @@ def fit_tokenizer(
         tokenizer = fit(source, features=features, device=where, progress=True, **fitted)
     else:
         spec = features.spec if isinstance(features, PatchFeatures) else features
-        config = {"data": source.name, "features": spec, **fitted, "device": device, **_given(options)}
+        config = {"data": source.name, "features": spec, **fitted, "device": device, **options.given()}
         config = {key: value for key, value in config.items() if value is not None}
         run = RunDirectory(out, _KIND, config, resume=resume, volatile=_VOLATILE)
         make = partial(fit, source, features=features, device=where, progress=True, **fitted)
@@ -129,11 +128,6 @@ def fit_tokenizer(
     if json is not None:
         atomic_write(json, jsonlib.dumps(tokenizer.rows(), indent=1))
     return tokenizer
-
-
-def _given(options: DataOptions) -> dict[str, Any]:
-    """The data options that were set, as they are spelt on the command line."""
-    return {key: value for key, value in asdict(options).items() if value != getattr(DEFAULTS, key)}
 
 
 def _fit_into(run: RunDirectory, source: ImageSource, make: Callable[[], Tokenizer]) -> Tokenizer:
