@@ -98,6 +98,22 @@ class ImageSource(Dataset[tuple[Tensor, int | None]]):
             ) from None
         return adapt_channels(image, self.channels), None if self.labels is None else int(self.labels[index])
 
+    def subset(self, places: np.ndarray) -> "ImageSource":
+        """Some of the images, by their places in this source and in that order; viewed as these are."""
+        part = ImageSource(
+            self.collection,
+            self.options,
+            self._findings,
+            self.channels,
+            self.split,
+            self._rows[places],
+            self._train_rows,
+            None,
+        )
+        part.groups = None if self.groups is None else self.groups[places]
+        part.__dict__["view"] = self.view  # measured once
+        return part
+
     def whole(self) -> Shaped[Tensor, "n c h w"] | None:
         """All images at once where they are in memory as one array, else None."""
         store = self.collection.store

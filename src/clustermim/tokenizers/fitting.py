@@ -17,6 +17,7 @@ from clustermim.runs import environment_facts
 from clustermim.tokenizers.codebook import Codebook
 from clustermim.tokenizers.kmeans import FitMetric, fit_kmeans
 from clustermim.tokenizers.progress import PassProgress
+from clustermim.tokenizers.signatures import note_signatures, starts_of
 from clustermim.tokenizers.streams import Blocks
 from clustermim.tokenizers.tokenizer import KMeansTokenizer, Tokenizer, class_of
 
@@ -130,13 +131,17 @@ def fit(
             "inertia": result.inertia,
             "inertia_per_patch": result.inertia / result.num_rows,
             "full_passes": len(full),
+            "starts": starts_of(result.history),
             "used_tokens": int((result.counts > 0).sum()),
             "perplexity": _perplexity(result.counts),
         }
     described = described.cpu()
     config |= {"features": described.config(), "dim": described.dim, "metric": metric}
     facts |= {"spec": described.spec, "metric": metric}
-    return made(config | {"facts": facts}, described, Codebook(centroids.cpu(), metric))
+    tokenizer = made(config | {"facts": facts}, described, Codebook(centroids.cpu(), metric))
+    if kind == "kmeans":  # the controls are what they are
+        note_signatures(tokenizer, source, batch_size=batch_size, device=device, workers=workers)
+    return tokenizer
 
 
 def _gaussian_like(blocks: Blocks, k: int, seed: int, progress: bool) -> Float[Tensor, "k d"]:

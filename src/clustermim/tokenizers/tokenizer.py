@@ -17,7 +17,9 @@ import torch
 from huggingface_hub import PyTorchModelHubMixin, hf_hub_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 from jaxtyping import Float, Int64
+from rich.console import Group, RenderableType
 from rich.table import Table
+from rich.text import Text
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
@@ -258,14 +260,28 @@ class Tokenizer(
             "channels": self.channels,
             "fingerprint": self.fingerprint(),
         }
-        return [own | facts]
+        return [own | facts | self._signatures()]
 
-    def __rich__(self) -> Table:
-        """The record as a table of names and values."""
+    def _signatures(self) -> dict[str, str]:
+        """The failure signatures that its fit found: names and advice; empty where none were looked for."""
+        found: list[dict[str, Any]] | None = self.facts.get("signatures")
+        if found is None:
+            return {}
+        names = "; ".join(str(signature["name"]) for signature in found)
+        advice = " ".join(str(signature["says"]) for signature in found)
+        return {"signatures": names or "none"} | ({"advice": advice} if advice else {})
+
+    def __rich__(self) -> RenderableType:
+        """The record as a table of names and values, and below it what is wrong, if anything is."""
         table = Table("", "tokenizer", title=None)
         for key, value in self.rows()[0].items():
-            table.add_row(key.replace("_", " "), f"{value:,.6g}" if isinstance(value, float) else str(value))
-        return table
+            if key != "advice":
+                table.add_row(key.replace("_", " "), f"{value:,.6g}" if isinstance(value, float) else str(value))
+        told = [
+            Text.assemble((f"{signature['name'].capitalize()}. ", "bold yellow"), signature["says"])
+            for signature in self.facts.get("signatures", ())
+        ]
+        return Group(table, *told) if told else table
 
     def _save_pretrained(self, save_directory: Path) -> None:
         """Both files whole or not at all; the weights first, because a folder without config is no tokenizer yet."""
