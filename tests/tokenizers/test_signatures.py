@@ -72,7 +72,7 @@ def test_the_nearest_other_centroid_in_blocks(k: int, d: int, rows: int, seed: i
     c = 100 + gaussian(seed, k, d)
     before, signatures._BLOCK_SCORES = signatures._BLOCK_SCORES, rows * k
     try:
-        squared, other = signatures.nearest_other(c)
+        squared, other = signatures.nearest_other(c, torch.arange(k))
     finally:
         signatures._BLOCK_SCORES = before
     naive = (c[:, None].double() - c[None].double()).square().sum(2).fill_diagonal_(torch.inf)
@@ -91,6 +91,8 @@ def test_near_duplicates() -> None:
     assert found is not None and found.value == 7 and "closest: 0 and 43" in found.says
     assert signatures.near_duplicates(torch.cat([c, c]), error).value == 80  # type: ignore[union-attr]
     assert signatures.near_duplicates(10 * twins, error, unit=True).value == 7  # type: ignore[union-attr]
+    many = signatures.near_duplicates((torch.arange(30_000) % 7)[:, None].float(), error)
+    assert many is not None and many.value == 8192 and "of 8,192 tokens that were compared" in many.says
     exact = signatures.near_duplicates(twins, 0.0)
     assert exact is not None and exact.value == 2
 

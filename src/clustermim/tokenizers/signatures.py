@@ -46,6 +46,9 @@ SPARSE = 0.05
 LOOKED_AT = 5000
 """Images in which tokens are counted after a fit, spread evenly over the data: enough to tell a rare token."""
 
+COMPARED = 8192
+"""Centroids that are compared with all others, spread evenly over the vocabulary: enough to tell a share of 1 %."""
+
 _BLOCK_SCORES = 1 << 25
 
 
@@ -115,7 +118,8 @@ def near_duplicates(centroids: Float[Tensor, "k d"], error: float, *, unit: bool
     if len(centroids) < 2:
         return None
     table = unit_rows(centroids) if unit else centroids
-    squared, other = nearest_other(table)
+    rows = torch.linspace(0, len(table) - 1, min(len(table), COMPARED)).round().long().unique()
+    squared, other = nearest_other(table, rows)
     exact = table.double()
     between = 2.0 * float((exact - exact.mean(0)).square().sum(1).mean())
     close = (squared <= 4.0 * MERGING_COST * error) & (squared <= SEPARATION**2 * between)
@@ -123,32 +127,33 @@ def near_duplicates(centroids: Float[Tensor, "k d"], error: float, *, unit: bool
     if not number:
         return None
     first = int(squared.argmin())
+    pair = f"closest: {int(rows[first])} and {int(other[first])}"
+    looked = "" if len(rows) == len(table) else " that were compared with all others"
     return Signature(
         name="near-duplicate tokens",
         value=number,
-        says=f"{number:,} of {len(table):,} tokens have a near-duplicate (closest: {first} and {int(other[first])}), and "
-        "which of the two a patch gets is chance that the model is asked to predict. Choose a smaller --k, or "
-        "features that vary more.",
+        says=f"{number:,} of {len(rows):,} tokens{looked} have a near-duplicate ({pair}), and which of the two a patch "
+        "gets is chance that the model is asked to predict. Choose a smaller --k, or features that vary more.",
     )
 
 
-def nearest_other(centroids: Float[Tensor, "k d"]) -> tuple[Float64[Tensor, " k"], Int64[Tensor, " k"]]:
-    """Squared distance of each centroid to the nearest other one, and which that is; in blocks, so that K may be 10⁵.
+def nearest_other(
+    centroids: Float[Tensor, "k d"], rows: Int64[Tensor, " m"]
+) -> tuple[Float64[Tensor, " m"], Int64[Tensor, " m"]]:
+    """Squared distance of some centroids to the nearest other one, and which that is; in blocks, for any K.
 
     The search runs in float32; the distance of the pair that it finds is then computed in float64.
     """
-    k = len(centroids)
     c = (centroids.double() - centroids.double().mean(0)).float()
-    half = -0.5 * c.square().sum(1)
-    found = torch.empty(k, dtype=torch.int64)
-    rows = max(1, _BLOCK_SCORES // k)
-    for start in range(0, k, rows):
-        block = torch.addmm(half, c[start : start + rows], c.t())
-        own = torch.arange(len(block))
-        block[own, start + own] = -torch.inf
-        found[start : start + rows] = block.max(1).indices
+    half, columns = -0.5 * c.square().sum(1), c.t()
+    found = []
+    for part in torch.split(rows, max(1, _BLOCK_SCORES // len(centroids))):
+        scores = torch.addmm(half, c[part], columns)
+        scores[torch.arange(len(part)), part] = -torch.inf
+        found.append(scores.max(1).indices)
+    other = torch.cat(found)
     exact = centroids.double()
-    return (exact - exact[found]).square().sum(1), found
+    return (exact[rows] - exact[other]).square().sum(1), other
 
 
 def uneven_use(perplexity: float, k: int, commonest: float) -> Signature | None:
