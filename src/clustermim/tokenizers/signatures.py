@@ -118,7 +118,8 @@ def near_duplicates(centroids: Float[Tensor, "k d"], error: float, *, unit: bool
     if len(centroids) < 2:
         return None
     table = unit_rows(centroids) if unit else centroids
-    rows = torch.linspace(0, len(table) - 1, min(len(table), COMPARED)).round().long().unique()
+    looked_at = min(len(table), COMPARED)
+    rows = torch.arange(looked_at) * len(table) // looked_at
     squared, other = nearest_other(table, rows)
     exact = table.double()
     between = 2.0 * float((exact - exact.mean(0)).square().sum(1).mean())
