@@ -99,7 +99,9 @@ def test_safetensors_and_pth_agree(files: dict[str, Path]) -> None:
         assert torch.equal(made[0](images()), made[1](images()))
 
 
-@pytest.mark.parametrize("spec", [f"backbone:{VIT}@FILE?layer=2", f"pixel+backbone:{CNN}@FILE?layer=1&size=64"])
+@pytest.mark.parametrize(
+    "spec", [f"backbone:{VIT}@FILE?layer=2", f"pixel+backbone:{CNN}@FILE?layer=1&size=64|balance=false"]
+)
 def test_rebuilt_without_the_file(files: dict[str, Path], spec: str) -> None:
     path = str(files[VIT if VIT in spec else CNN]).replace("+", "%2B")
     made: PatchFeatures = make_features(spec.replace("FILE", path), patch_size=4, view=view())

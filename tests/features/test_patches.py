@@ -8,7 +8,8 @@ from hypothesis import strategies as st
 
 from clustermim.data.views import ViewConfig
 from clustermim.errors import InputError
-from clustermim.features.patches import make_features, parse_spec, patchify, rebuild_features, unpatchify
+from clustermim.features.patches import make_features, patchify, unpatchify
+from clustermim.features.spelling import parse_spec
 
 
 def view(height: int = 8, width: int = 12, channels: int = 3) -> ViewConfig:
@@ -66,26 +67,6 @@ def test_standardised_patches_forget_brightness_and_contrast() -> None:
     assert torch.isfinite(features(torch.full((1, 1, 8, 12), 0.5))).all()  # no variance, no NaN
 
 
-def test_joined_features_stand_side_by_side() -> None:
-    shown, x = view(), images()
-    joined = make_features("pixel+pixel?standardise=true&context=6", patch_size=4, view=shown)
-    parts = [make_features(s, patch_size=4, view=shown)(x) for s in joined.spec.split("+")]
-    assert torch.equal(joined(x), torch.cat(parts, 2)) and joined.dim == parts[0].shape[2] + parts[1].shape[2]
-
-
-@pytest.mark.parametrize("spec", ["pixel", "pixel?standardise=true", "pixel?context=8+pixel"])
-def test_features_are_rebuilt_from_their_config(spec: str) -> None:
-    made = make_features(spec, patch_size=4, view=view())
-    again = rebuild_features(made.config())
-    again.load_state_dict(made.state_dict())
-    assert torch.equal(again(images()), made(images())) and again.spec == made.spec == spec
-
-
-def test_features_are_frozen_and_stay_in_evaluation_mode() -> None:
-    features = make_features("pixel", patch_size=4, view=view()).train()
-    assert not features.training and not any(p.requires_grad for p in features.parameters())
-
-
 def test_grid_of_rectangular_images() -> None:
     assert make_features("pixel", patch_size=4, view=view()).grid(8, 12) == (2, 3)
 
@@ -98,10 +79,11 @@ def test_features_already_made_are_returned_or_refused() -> None:
 
 
 def test_a_spec_taken_apart() -> None:
-    first, second = parse_spec("pixel?context=6+backbone:resnet18@weights/a%2Bb.pth?layer=2&size=64")
+    (first, second), tail = parse_spec("pixel?context=6+backbone:resnet18@weights/a%2Bb.pth?layer=2&size=64|pca=8")
     assert (first.name, first.argument, first.file, dict(first.options)) == ("pixel", None, None, {"context": "6"})
     assert (second.name, second.argument, second.file) == ("backbone", "resnet18", "weights/a+b.pth")
     assert second.integer("layer") == 2 and second.integer("size") == 64 and second.integer("none") is None
+    assert tail is not None and tail.integer("pca") == 8 and parse_spec("pixel")[1] is None
 
 
 @pytest.mark.parametrize(

@@ -115,6 +115,12 @@ def test_tables_that_do_not_fit_are_told(name: str) -> None:
         import_centroids(table, "pixel", patch_size=4, view=VIEW)
 
 
+def test_features_that_need_training_images_are_refused() -> None:
+    for features in ("pixel?whiten=true", "pixel+hog", "hog|pca=3"):
+        with pytest.raises(InputError, match=r"\|balance=false"):
+            import_centroids(TABLE, features, patch_size=4, view=VIEW)
+
+
 def test_files_that_are_none(tmp_path: Path) -> None:
     (tmp_path / "cut.npy").write_bytes(b"\x93NUMPY\x01\x00")
     (tmp_path / "cut.safetensors").write_bytes(b"\x08")

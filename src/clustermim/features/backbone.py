@@ -14,7 +14,8 @@ from clustermim.data.views import ViewConfig
 from clustermim.encoders.building import find_timm, open_timm
 from clustermim.encoders.timm_encoder import declared_statistics
 from clustermim.errors import InputError
-from clustermim.features.patches import PatchFeatures, SpecPart
+from clustermim.features.patches import PatchFeatures
+from clustermim.features.spelling import SpecPart
 
 
 class BackboneFeatures(PatchFeatures):

@@ -1,29 +1,30 @@
-"""Patch features: the contract, the spelling `name[@file][?key=value&..]`, and the registry behind it.
+"""Patch features: the contract, and the registry behind the names in a spec (`spelling.py`).
 
 A new feature is one file with a `PatchFeatures` class and one line in `_REGISTRY`.
 """
 
 import importlib
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping
 from typing import Any, TypeVar
-from urllib.parse import parse_qsl, unquote
 
-import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
 from clustermim.data.views import ViewConfig
 from clustermim.errors import InputError, nearest
+from clustermim.features.moments import ImagePasses
+from clustermim.features.spelling import SpecPart, parse_spec
 
 Module = TypeVar("Module", bound=nn.Module)
 
 # name -> class; imported on first use, so that `pixel` does not import timm
 _REGISTRY = {
     "pixel": "clustermim.features.pixel:PixelFeatures",
+    "hog": "clustermim.features.hog:HOGFeatures",
     "backbone": "clustermim.features.backbone:BackboneFeatures",
 }
+_CLASSES = _REGISTRY | {"+": "clustermim.features.joining:JoinedFeatures"}  # which a user does not name
 
 
 def patchify(images: Float[Tensor, "b c h w"], patch_size: int) -> Float[Tensor, "b n d"]:
@@ -102,7 +103,7 @@ class PatchFeatures(nn.Module, ABC):
 
     @classmethod
     @abstractmethod
-    def from_spec(cls, part: "SpecPart", *, patch_size: int, view: ViewConfig) -> "PatchFeatures":
+    def from_spec(cls, part: SpecPart, *, patch_size: int, view: ViewConfig) -> "PatchFeatures":
         """Build from one part of a user's spec; may read files or the hub."""
 
     @classmethod
@@ -118,14 +119,47 @@ class PatchFeatures(nn.Module, ABC):
     def describe(self, images: Float[Tensor, "b c h w"]) -> Float[Tensor, "b n d"]:
         """The features of checked images."""
 
+    @property
+    def needs_fit(self) -> bool:
+        """Whether `fit` must see the training images before the first patch can be described."""
+        return False
+
+    def fit(self, images: ImagePasses) -> dict[str, Any]:
+        """Learn from the training images what cannot be known without them; where `needs_fit`, before anything else.
+
+        What was learnt is part of the state dict, and `config` says that it is there.
+
+        Parameters
+        ----------
+        images
+            Called once a pass over the images, which yields them in batches of any size.
+
+        Returns
+        -------
+        dict
+            JSON-able facts worth noting beside the features; empty where there is nothing to fit.
+
+        Raises
+        ------
+        InputError
+            There are no images, or what was to be fitted has no variance.
+        """
+        return {}
+
     def forward(self, images: Float[Tensor, "b c h w"]) -> Float[Tensor, "b n d"]:
         """Features of each patch, patches in row-major order.
 
         Raises
         ------
         InputError
-            The images have other channels, or a size that the patch side does not divide.
+            The images have other channels, or a size that the patch side does not divide; or the features wait for
+            their `fit`.
         """
+        if self.needs_fit:
+            raise InputError(
+                f"Features `{self.spec}` are made to the measure of the training images: call their fit(..) first, or "
+                "take them from a tokenizer that `clustermim tokenizer fit` has made."
+            )
         if images.shape[1] != self.channels:
             raise InputError(
                 f"Features `{self.spec}` were made for images of {self.channels} channel(s); these have "
@@ -150,113 +184,15 @@ class PatchFeatures(nn.Module, ABC):
         return nn.Module.train(self, False)
 
 
-class JoinedFeatures(PatchFeatures):
-    """Several features side by side: `a+b` has the dimensions of a, then those of b."""
-
-    def __init__(self, parts: Sequence[PatchFeatures]) -> None:
-        first = parts[0]
-        spec = "+".join(part.spec for part in parts)
-        dim = sum(part.dim for part in parts)
-        super().__init__(spec, patch_size=first.patch_size, channels=first.channels, dim=dim)
-        self.parts = nn.ModuleList(parts)
-
-    @classmethod
-    def from_spec(cls, part: "SpecPart", *, patch_size: int, view: ViewConfig) -> "JoinedFeatures":
-        """Not registered under a name: `make_features` joins the parts."""
-        raise NotImplementedError
-
-    @classmethod
-    def from_config(cls, config: Mapping[str, Any]) -> "JoinedFeatures":
-        """Rebuild each part."""
-        return cls([rebuild_features(part) for part in config["parts"]])
-
-    def config(self) -> dict[str, Any]:
-        """The configs of the parts."""
-        return {"name": "+", "spec": self.spec, "parts": [part.config() for part in self._members()]}
-
-    def describe(self, images: Float[Tensor, "b c h w"]) -> Float[Tensor, "b n d"]:
-        """Concatenate along D."""
-        return torch.cat([part.describe(images) for part in self._members()], dim=2)
-
-    def _members(self) -> list[PatchFeatures]:
-        return [part for part in self.parts if isinstance(part, PatchFeatures)]
-
-
-@dataclass(frozen=True)
-class SpecPart:
-    """One part of a spec, taken apart: `backbone:resnet18@w.pth?layer=2` has argument ``resnet18``."""
-
-    text: str
-    name: str
-    argument: str | None
-    file: str | None
-    options: Mapping[str, str]
-
-    def check_options(self, known: Sequence[str]) -> None:
-        """Refuse options that the feature does not have.
-
-        Raises
-        ------
-        InputError
-            Names the unknown option and the nearest known one.
-        """
-        for key in self.options:
-            if key not in known:
-                raise InputError(f"Features `{self.text}`: there is no option {key!r}.{nearest(key, known)}")
-
-    def integer(self, key: str) -> int | None:
-        """A whole number, or None where the option is not given. Raises InputError for anything else."""
-        if key not in self.options:
-            return None
-        try:
-            return int(self.options[key])
-        except ValueError:
-            raise InputError(
-                f"Features `{self.text}`: {key} must be a whole number, not {self.options[key]!r}."
-            ) from None
-
-    def flag(self, key: str) -> bool:
-        """True or false; false where the option is not given. Raises InputError for anything else."""
-        value = self.options.get(key, "false").lower()
-        if value not in ("true", "false", "1", "0", "yes", "no"):
-            raise InputError(f"Features `{self.text}`: {key} is true or false, not {self.options[key]!r}.")
-        return value in ("true", "1", "yes")
-
-
-def parse_spec(spec: str) -> list[SpecPart]:
-    """Take a spec `name[:argument][@file][?key=value&..]`, parts joined by `+`, apart.
-
-    In a file's path, `+`, `?`, `@` and `%` are written %2B, %3F, %40 and %25.
-
-    Raises
-    ------
-    InputError
-        An empty part, an unknown name (the nearest is given), or options that are no `key=value`.
-    """
-    parts = []
-    for text in spec.split("+"):
-        head, _, query = text.strip().partition("?")
-        head, _, file = head.partition("@")
-        name, _, argument = head.partition(":")
-        if name not in _REGISTRY:
-            raise InputError(f"There are no patch features called {name!r}.{nearest(name, _REGISTRY)}")
-        try:
-            pairs = parse_qsl(query, keep_blank_values=True, strict_parsing=True) if query else []
-        except ValueError:
-            raise InputError(f"Features `{text}`: options are written ?key=value&key=value, not ?{query}.") from None
-        parts.append(SpecPart(text.strip(), name, argument or None, unquote(file) or None, dict(pairs)))
-    return parts
-
-
 def make_features(spec: "str | PatchFeatures", *, patch_size: int, view: ViewConfig) -> PatchFeatures:
     """Build patch features for images as `view` shows them.
 
     Parameters
     ----------
     spec
-        For example ``"pixel"``, ``"pixel?standardise=true&context=12"``,
-        ``"backbone:vit_small_patch16_224@w.pth?layer=9"``, or several joined by ``+``; features already made are
-        checked and returned.
+        For example ``"pixel"``, ``"pixel?standardise=true&context=12"``, ``"hog"``,
+        ``"backbone:vit_small_patch16_224@w.pth?layer=9"``, or several joined by ``+``, with what is done to all of
+        them behind ``|``, as in ``"pixel+hog|pca=32"``; features already made are checked and returned.
     patch_size
         Patch side P in pixels.
     view
@@ -276,8 +212,17 @@ def make_features(spec: "str | PatchFeatures", *, patch_size: int, view: ViewCon
                 f"channel(s); wanted are side {patch_size} and {view.channels} channel(s)."
             )
         return spec
-    made = [_class_of(p.name).from_spec(p, patch_size=patch_size, view=view) for p in parse_spec(spec)]
-    return _settled(made[0] if len(made) == 1 else JoinedFeatures(made))
+    from clustermim.features.joining import JoinedFeatures, JoinOptions  # which build on this file
+
+    parts, tail = parse_spec(spec)
+    options = JoinOptions.from_spec(tail)
+    for part in parts:
+        if part.name not in _REGISTRY:
+            raise InputError(f"There are no patch features called {part.name!r}.{nearest(part.name, _REGISTRY)}")
+    made = [_class_of(part.name).from_spec(part, patch_size=patch_size, view=view) for part in parts]
+    if len(made) == 1 and tail is None:
+        return _settled(made[0])
+    return _settled(JoinedFeatures(made, options, spec=spec))
 
 
 def rebuild_features(config: Mapping[str, Any]) -> PatchFeatures:
@@ -288,16 +233,14 @@ def rebuild_features(config: Mapping[str, Any]) -> PatchFeatures:
     InputError
         The config names features that this version does not know.
     """
-    name = config.get("name")
-    if name == "+":
-        return _settled(JoinedFeatures.from_config(config))
-    if name not in _REGISTRY:
-        raise InputError(f"There are no patch features called {name!r}.{nearest(str(name), _REGISTRY)}")
+    name = str(config.get("name"))
+    if name not in _CLASSES:
+        raise InputError(f"There are no patch features called {name!r}.{nearest(name, _REGISTRY)}")
     return _settled(_class_of(name).from_config(config))
 
 
 def _class_of(name: str) -> type[PatchFeatures]:
-    module, _, attribute = _REGISTRY[name].partition(":")
+    module, _, attribute = _CLASSES[name].partition(":")
     found: type[PatchFeatures] = getattr(importlib.import_module(module), attribute)
     return found
 

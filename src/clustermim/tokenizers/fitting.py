@@ -9,9 +9,10 @@ from jaxtyping import Float
 from torch import Tensor
 
 from clustermim.data.counted import Stream, uniform
-from clustermim.data.loaders import make_loader
+from clustermim.data.loaders import Loader, make_loader
 from clustermim.data.sources import ImageSource, require_labels
 from clustermim.errors import InputError
+from clustermim.features.moments import Spread
 from clustermim.features.patches import PatchFeatures, make_features
 from clustermim.runs import environment_facts
 from clustermim.tokenizers.codebook import Codebook
@@ -113,10 +114,19 @@ def fit(
     described = make_features(features, patch_size=patch_size, view=view).to(device)
     loader = make_loader(source, view, batch_size=batch_size, train=False, device=device, workers=workers)
 
+    if described.needs_fit:
+        facts |= _fit_features(described, loader, progress)
+    spread = Spread(described.dim, len(source) * grid[0] * grid[1])
+
     def blocks() -> Iterator[Tensor]:
+        measure = not spread.rows  # in the first pass
         for batch in loader.epoch():
             with torch.no_grad():
-                yield described(batch.images).flatten(0, 1)
+                rows = described(batch.images).flatten(0, 1)
+            if measure:
+                spread.add(rows)
+            yield rows
+        spread.check(described.spec)
 
     if kind == "random-centroids":
         centroids = _gaussian_like(blocks, k, seed, progress)
@@ -137,11 +147,22 @@ def fit(
         }
     described = described.cpu()
     config |= {"features": described.config(), "dim": described.dim, "metric": metric}
-    facts |= {"spec": described.spec, "metric": metric}
+    facts |= {"spec": described.spec, "metric": metric, **spread.facts()}
     tokenizer = made(config | {"facts": facts}, described, Codebook(centroids.cpu(), metric))
     if kind == "kmeans":  # the controls are what they are
         note_signatures(tokenizer, source, batch_size=batch_size, device=device, workers=workers)
     return tokenizer
+
+
+def _fit_features(features: PatchFeatures, loader: Loader, progress: bool) -> dict[str, Any]:
+    """Let features that need it see the images that will be clustered."""
+    with PassProgress("images", show=progress) as bar:
+
+        def images() -> Iterator[Tensor]:
+            batches = (batch.images for batch in loader.epoch())
+            yield from bar.track(batches, f"fitting {features.spec}", loader.num_images)
+
+        return features.fit(images)
 
 
 def _gaussian_like(blocks: Blocks, k: int, seed: int, progress: bool) -> Float[Tensor, "k d"]:

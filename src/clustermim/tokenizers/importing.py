@@ -165,6 +165,12 @@ def import_centroids(
         The features cannot be made, or the centroids do not fit them (see `checked_centroids`).
     """
     described = make_features(features, patch_size=patch_size, view=view)
+    if described.needs_fit:
+        raise InputError(
+            f"Centroids cannot be imported for features `{described.spec}`, which are made to the measure of training "
+            "images that are not here (whitening, scales of a join, pca). Name features without, such as a join with "
+            "|balance=false, or pass fitted features in Python."
+        )
     table = checked_centroids(centroids, described, where)
     config = {
         "vocab_size": len(table),

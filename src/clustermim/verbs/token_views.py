@@ -234,10 +234,7 @@ def _centroid_pictures(tokenizer: Tokenizer) -> list[UInt8[np.ndarray, "h w 3"]]
         return None
     if features.standardise or features.window != features.patch_size:
         return None
-    side, channels = tokenizer.patch_size, tokenizer.channels
-    pixels = codebook.centroids.cpu().reshape(-1, side, side, channels)
-    pixels = pixels * features.std.cpu().reshape(-1) + features.mean.cpu().reshape(-1)
-    return [to_rgb(picture.permute(2, 0, 1).numpy()) for picture in pixels]
+    return [to_rgb(picture.cpu().numpy()) for picture in features.to_pixels(codebook.centroids)]
 
 
 @torch.no_grad()

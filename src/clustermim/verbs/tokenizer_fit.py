@@ -54,8 +54,9 @@ def fit_tokenizer(
         Images: digits, a folder, .zip, .npz, .tif or parquet; in Python also an array or a Dataset. The train split,
         unless #test or #all says otherwise.
     features
-        What a patch is described by: pixel[?standardise=true&context=12], or
-        backbone:NAME[@FILE][?layer=9&size=224] with a timm NAME; several are joined by +.
+        What a patch is described by: pixel[?standardise=true&context=12&whiten=true], hog[?orientations=9&cell=8], or
+        backbone:NAME[@FILE][?layer=9&size=224] with a timm NAME; several are joined by +, and |pca=64[&whiten=true]
+        behind them keeps principal components.
     k
         Vocabulary: the number of tokens.
     patch_size

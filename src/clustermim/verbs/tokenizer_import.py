@@ -10,7 +10,8 @@ from cyclopts import Parameter
 from clustermim.data.options import NUMBERS, SIZES, DataOptions
 from clustermim.data.views import ViewConfig
 from clustermim.errors import InputError
-from clustermim.features.patches import PatchFeatures, parse_spec
+from clustermim.features.patches import PatchFeatures
+from clustermim.features.spelling import parse_spec
 from clustermim.runs import RunDirectory, atomic_write
 from clustermim.tokenizers.codebook import Metric
 from clustermim.tokenizers.importing import import_centroids, read_centroids
@@ -109,7 +110,7 @@ def _view(
 ) -> ViewConfig:
     """The images that the tokenizer is for."""
     options = DataOptions(image_size=image_size, channels=channels, mean=mean, std=std)
-    if isinstance(features, str) and any(part.name == "pixel" for part in parse_spec(features)):
+    if isinstance(features, str) and any(part.name == "pixel" for part in parse_spec(features)[0]):
         for name, value in (("mean", mean), ("std", std)):
             if value is None:
                 raise InputError(
