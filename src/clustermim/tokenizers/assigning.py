@@ -1,0 +1,297 @@
+"""Which of K centroids is nearest: one matrix product and a minimum for each block of rows, and ids that are exact.
+
+Half the squared distance of row x to centroid c is, up to a part that all centroids share, |c|²/2 − x·c, so a block of
+rows is one matrix product. Products in float32, and the more so in bfloat16, round; but by how much is bounded, and
+only centroids whose score lies within the bound of the best can be the nearest. Where one is left, that is the answer;
+where several are left, their distances are computed again from differences in float64. So the ids are those of exact
+arithmetic, whatever computed the products, and do not depend on blocks, threads or devices.
+
+The bound. Let y be a shifted row, ŷ and ĉ what the products see of it and of c, E the length of the sums, u the unit
+roundoff of accumulation. By Cauchy and Schwarz,
+
+    |y·c − ŷ·ĉ| ≤ |y| |c − ĉ| + |y − ŷ| |ĉ|,
+
+with the lengths of the actual differences, which are measured, not estimated. Accumulation adds at most E·u times the
+sum of the absolute terms (Higham, "Accuracy and Stability of Numerical Algorithms", 2002, section 3.1), and a bfloat16
+result is rounded by a share of 2⁻⁸ of itself. A term common to a row, |y|²/2, keeps all scores positive and small near
+the best: then this share is one of the squared distance, and bfloat16 scores may be compared as the integers whose bits
+they are, which processors do much faster.
+
+Which of the two products is used is decided by a stopwatch on the first blocks: it is a matter of speed only.
+"""
+
+import math
+import time
+from typing import Literal
+
+import torch
+from jaxtyping import Bool, Float, Float64, Int64
+from torch import Tensor
+
+Metric = Literal["l2", "cosine", "dot"]
+Products = Literal["auto", "float32", "bfloat16"]
+
+_SCORES = 1 << 20  # alive at once on a CPU: what stays in a core's cache
+_DEVICE_SCORES = 1 << 26
+_ROWS = 8192  # of a block, at most
+_FLAT = 160  # up to so many centroids, all scores are searched at once; above, group by group
+_ABSOLUTE = 2.0**-60  # what underflow may do to a score, in units of the largest centroid
+_FAR = 2.0**40  # rows farther out than this, in the same units, are computed exactly from the start
+_EXACT = 1 << 20  # float64 numbers alive at once in exact computations
+
+_TRIALS = 3  # blocks with either product before the faster is chosen
+_seconds: dict[tuple[object, ...], dict[str, list[float]]] = {}  # per row, by what was computed where
+
+
+class Assigner:
+    """Assigns rows to the nearest of fixed centroids; what depends on centroids alone is made once.
+
+    Parameters
+    ----------
+    centroids
+        (K, D) float, on the device where rows will come.
+    metric
+        ``"l2"``: least distance. ``"cosine"`` and ``"dot"``: largest inner product (for ``"cosine"`` the centroids are
+        taken as unit vectors; the length of a row does not matter to its token).
+    products
+        What is multiplied: ``"float32"``, ``"bfloat16"``, or ``"auto"``, the faster here. The ids are the same.
+    """
+
+    def __init__(self, centroids: Float[Tensor, "k d"], metric: Metric = "l2", products: Products = "auto") -> None:
+        self.size, self.dim = centroids.shape
+        self.metric = metric
+        self.device = centroids.device
+        self._exact_device = torch.device("cpu") if self.device.type == "mps" else self.device  # mps has no float64
+        self._centroids = centroids.detach().float().to(self._exact_device)
+        self._group = 1 if self.size <= _FLAT else 1 << round(math.log2(self.size) / 2)
+        self._groups = math.ceil(self.size / self._group)
+        budget = _DEVICE_SCORES if self.device.type == "cuda" else _SCORES
+        rows = max(budget // (self._group * self._groups), 128)
+        self.rows = 1 << min(rows.bit_length() - 1, 20 if self.device.type == "cuda" else _ROWS.bit_length() - 1)
+        exact = self._centroids.double()
+        self._shift = _coarse_mean(exact) if metric == "l2" else torch.zeros_like(exact[0])
+        largest = float((exact - self._shift).norm(dim=1).max())
+        exponent = -math.floor(math.log2(largest)) if largest > 0.0 else 0
+        self._scale = 2.0 ** min(max(exponent, -120), 120)  # a power of two is exact
+        self._offset = (-self._scale * self._shift).float().to(self.device)
+        self._tables: dict[str, _Table] = {}
+        self._products: str | None = None if products == "auto" else products
+
+    @torch.no_grad()
+    def __call__(self, x: Float[Tensor, "n d"]) -> Int64[Tensor, " n"]:
+        """The id of the nearest centroid of each row; a tie goes to the lower id. A row with NaN gets id 0."""
+        ids = torch.zeros(len(x), dtype=torch.int64, device=x.device)
+        if self.size == 1:
+            return ids
+        with torch.autocast(x.device.type, enabled=False):
+            for start in range(0, len(x), self.rows):
+                block = x[start : start + self.rows].float()
+                ids[start : start + len(block)] = self._timed(block)
+        return ids
+
+    def _timed(self, block: Float[Tensor, "n d"]) -> Int64[Tensor, " n"]:
+        """Search with the chosen product; while none is, with either in turn, under a stopwatch."""
+        if self._products is not None:
+            return self._search(block, self._products)
+        if len(block) < self.rows or self.device.type not in ("cpu", "cuda"):
+            return self._search(block, "float32")  # too little to learn from
+        key = (self.device, torch.get_num_threads(), self.metric, self.size, self.dim)
+        taken = _seconds.setdefault(key, {"float32": [], "bfloat16": []})
+        products = min(taken, key=lambda name: len(taken[name]))
+        self._table(products)  # made before the clock runs
+        started = time.perf_counter()
+        ids = self._search(block, products)
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        taken[products].append((time.perf_counter() - started) / len(block))
+        slow, fast = min(taken["bfloat16"], default=0.0), min(taken["float32"])
+        hopeless = slow > 5.0 * fast and slow * len(block) > 0.02  # a processor that has to imitate bfloat16
+        if hopeless or len(taken["bfloat16"]) >= _TRIALS:
+            self._products = "float32" if slow >= fast else "bfloat16"
+        return ids
+
+    def _table(self, products: str) -> "_Table":
+        if products not in self._tables:
+            self._tables[products] = _Table(self, products == "bfloat16")
+        return self._tables[products]
+
+    def _search(self, block: Float[Tensor, "n d"], products: str) -> Int64[Tensor, " n"]:
+        """The ids of a block: scores, then the candidates within the bound, then exact distances where several are."""
+        table = self._table(products)
+        scores, least, limit = table.scores(block)
+        ids = torch.zeros(len(block), dtype=torch.int64, device=block.device)
+        open_rows = None
+        if self._group == 1:
+            # A row with one hit: its id is the sum of the hits' ids, and sums of integers down the columns are fast.
+            hits = torch.le(scores, limit, out=torch.empty_like(scores))
+            count = hits.sum(0, dtype=hits.dtype)
+            ids.copy_(hits.mul_(table.numbers).sum(0, dtype=hits.dtype))
+            open_rows = (count != 1).nonzero()[:, 0]
+            if not len(open_rows):
+                return ids
+            if table.coarse and 2 * len(open_rows) > len(block):
+                return self._search(block, "float32")
+            found = (scores.index_select(1, open_rows) <= limit[open_rows]).nonzero()
+            row, candidate = open_rows[found[:, 1]], found[:, 0]
+        else:
+            spread = scores.view(self._groups, self._group, len(block))
+            found = (least <= limit).nonzero()
+            if table.coarse and 4 * len(found) > self._groups * len(block) + 16 * len(block):
+                return self._search(block, "float32")
+            group, row = found[:, 0], found[:, 1]
+            found = (spread[group, :, row] <= limit[row, None]).nonzero()
+            row, candidate = row[found[:, 0]], group[found[:, 0]] * self._group + found[:, 1]
+        count = torch.bincount(row, minlength=len(block))
+        several = count[row] > 1
+        ids[row] = candidate
+        row, candidate = row[several], candidate[several]
+        if len(row):
+            best, winner = self._nearest_of(block, row, candidate)
+            ids = torch.where(best, winner, ids)
+        # Rows without any candidate: too far out for the bound, or not finite.
+        lost = (count == 0).nonzero()[:, 0] if open_rows is None else open_rows[count[open_rows] == 0]
+        if len(lost):
+            ids[lost] = self._brute(block[lost])
+        return ids
+
+    def _nearest_of(self, block: Tensor, row: Tensor, candidate: Tensor) -> tuple[Tensor, Tensor]:
+        """Which rows have exact candidates, and the nearest of them, the lowest id among equals."""
+        x = block.to(self._exact_device)
+        row, candidate = row.to(x.device), candidate.to(x.device)
+        chunk = max(_EXACT // self.dim, 1)
+        pairs = zip(row.split(chunk), candidate.split(chunk), strict=True)
+        distance = torch.cat([self._distance(x[r].double(), self._centroids[c].double()) for r, c in pairs])
+        least = torch.full((len(x),), math.inf, dtype=torch.float64, device=x.device)
+        least.scatter_reduce_(0, row, distance, "amin")
+        first = torch.full((len(x),), self.size, dtype=torch.int64, device=x.device)
+        wins = distance <= least[row]
+        first.scatter_reduce_(0, row[wins], candidate[wins], "amin")
+        return (first < self.size).to(block.device), first.to(block.device)
+
+    def _distance(self, x: Tensor, c: Tensor) -> Tensor:
+        """What is least at the nearest centroid, in float64; each pair by itself, so that no neighbour changes it."""
+        return (x - c).square_().sum(-1) if self.metric == "l2" else -(x * c).sum(-1)
+
+    def _brute(self, x: Float[Tensor, "n d"]) -> Int64[Tensor, " n"]:
+        """The same for all centroids; rows of zeros have no direction, and all inner products are equal."""
+        x = x.to(self._exact_device)
+        ids = torch.zeros(len(x), dtype=torch.int64, device=x.device)
+        todo = torch.isfinite(x).all(1)
+        if self.metric != "l2":
+            todo &= (x != 0).any(1)
+        chunk = max(_EXACT // (self.size * self.dim), 1)
+        c = self._centroids.double()
+        for rows in todo.nonzero()[:, 0].split(chunk):
+            ids[rows] = self._distance(x[rows, None].double(), c).argmin(1)
+        return ids.to(self.device)
+
+
+class _Table:
+    """Centroids as one of the two products sees them, and the bound on what it rounds.
+
+    Columns beside the D features: |c|²/2, in bfloat16 as a sum of two numbers, and there the row's own term as well.
+    """
+
+    def __init__(self, owner: Assigner, coarse: bool) -> None:
+        self.coarse = coarse
+        self.l2 = owner.metric == "l2"
+        self._scale, self._offset, self._group = owner._scale, owner._offset, owner._group
+        exact = (owner._centroids.double() - owner._shift) * owner._scale
+        half = 0.5 * exact.square().sum(1) if self.l2 else exact.new_zeros(owner.size)
+        dtype = torch.bfloat16 if coarse else torch.float32
+        seen = exact.float().to(dtype)
+        parts = [half.float().to(dtype)]
+        if coarse:
+            parts.append((half - parts[0].double()).float().to(dtype))
+        self._half_error = float((half - torch.stack(parts).double().sum(0)).abs().max())
+        self._half_length = float(half.max())
+        self._error = float((exact - seen.double()).norm(dim=1).max())  # |c − ĉ|
+        self._length = float(seen.double().norm(dim=1).max())  # |ĉ|
+        ones = [torch.ones_like(parts[0])] * 2 if coarse else []
+        columns = torch.cat([-seen, torch.stack(parts + ones, 1)], 1)
+        padding = columns.new_zeros(owner._group * owner._groups - owner.size, columns.shape[1])
+        padding[:, owner.dim] = math.inf  # never the nearest
+        self._columns = torch.cat([columns, padding]).to(owner.device)
+        self.numbers = torch.arange(len(self._columns), device=owner.device)[:, None]
+        self.numbers = self.numbers.to(torch.int16 if coarse else torch.float32)
+
+    def scores(self, block: Float[Tensor, "n d"]) -> tuple[Tensor, Tensor, Tensor]:
+        """Scores (padded K, n), least at the nearest; their least in each group (groups, n); a limit for each row (n,).
+
+        The nearest centroid's score is at most the limit. All are float32, or int16 that are ordered alike. Rows that
+        cannot be bounded get a limit below all scores.
+        """
+        n, dim = block.shape
+        wide = torch.empty(n, self._columns.shape[1], device=block.device, dtype=self._columns.dtype)
+        wide[:, dim : dim + 2] = 1.0
+        y = torch.empty_like(block) if self.coarse else wide[:, :dim]
+        length, fine = self._shifted(block, y)
+        slack = 1.0 + (dim + 8) * 2.0**-22  # of the lengths themselves
+        seen_error = 2.0**-22 * length  # |y − ŷ|; so far the rounding of the shift or the division
+        own: Tensor | float = 0.0
+        if self.coarse:
+            wide[:, :dim] = y
+            if len(self._columns) > _FLAT:
+                seen_error = seen_error + torch.linalg.vector_norm(y.sub_(wide[:, :dim]), dim=1)
+            else:  # where products are so short, measuring costs more than it saves
+                seen_error = seen_error + 2.0**-8 * length
+            own = (0.5 * length.square() if self.l2 else length * self._length) * (slack + 2.0**-15)
+        unit = 2.0 ** (-22 if self.coarse or block.device.type != "cpu" else -23)  # matrix units truncate
+        summed = length * self._length + self._half_length + own
+        bound = length * self._error + seen_error * self._length + (dim + 6) * unit * summed
+        bound = slack * (bound + self._half_error + _ABSOLUTE)
+        if not self.coarse:
+            bound = bound + _shortened() * (2.0 * length * self._length + self._half_length)
+            scores = torch.mm(self._columns, wide.t())
+            least = self._of_groups(scores)
+            best = least.amin(0)
+            limit = best + (2.0 * bound + 2.0**-22 * best.abs())
+            return scores, least, torch.where(fine, limit, -math.inf)
+        own = own + 2.0 * bound  # so that no score falls below zero
+        wide[:, dim + 2] = own
+        wide[:, dim + 3] = own - wide[:, dim + 2]
+        scores = torch.mm(self._columns, wide.t()).view(torch.int16)
+        least = self._of_groups(scores)
+        best = least.amin(0).view(torch.bfloat16).float()
+        share = 1.01 * 2.0**-8
+        limit = (best * (1.0 + share) + 2.0 * bound) * ((1.0 + 2.0**-20) / (1.0 - share))
+        # To bfloat16, upwards: positive numbers are ordered as their bits are.
+        bits = ((limit.view(torch.int32) + 0xFFFF) >> 16).to(torch.int16)
+        return scores, least, torch.where(fine, bits, -1)
+
+    def _shifted(self, block: Float[Tensor, "n d"], y: Tensor) -> tuple[Float[Tensor, " n"], Bool[Tensor, " n"]]:
+        """Rows in the centroids' frame, or of unit length, into `y`; their lengths; which can be bounded."""
+        if self.l2:
+            torch.add(self._offset, block, alpha=self._scale, out=y)
+            length = torch.linalg.vector_norm(y, dim=1)
+            fine = length < _FAR
+        else:
+            length = torch.linalg.vector_norm(block, dim=1)
+            fine = (length > 1e-15) & (length < 1e15)
+            torch.div(block, length[:, None], out=y)
+            length = torch.ones_like(length)
+        if not bool(fine.all()):
+            y[~fine] = 0.0
+            length = torch.where(fine, length, 0.0)
+        return length, fine
+
+    def _of_groups(self, scores: Tensor) -> Tensor:
+        """The least of each group of neighbouring centroids."""
+        return scores if self._group == 1 else scores.view(-1, self._group, scores.shape[1]).amin(1)
+
+
+def _shortened() -> float:
+    """The roundoff of factors, where the user lets float32 products be computed from shorter numbers."""
+    try:
+        shorter = torch.get_float32_matmul_precision() != "highest"
+    except RuntimeError:  # it was set by backend, which this question does not cover
+        shorter = True
+    return 2.0**-8 if shorter else 0.0
+
+
+def _coarse_mean(c: Float64[Tensor, "k d"]) -> Float64[Tensor, " d"]:
+    """The mean, rounded to a power of two near the spread, so that float32 rows are mostly shifted without rounding."""
+    mean = c.mean(0)
+    spread = float((c - mean).square().mean().sqrt())
+    step = 2.0 ** math.floor(math.log2(spread)) if spread > 0.0 else 1.0
+    return ((mean / step).round() * step).float().double()
