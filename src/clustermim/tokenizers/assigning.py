@@ -159,7 +159,7 @@ class Assigner:
         x = block.to(self._exact_device)
         row, candidate = row.to(x.device), candidate.to(x.device)
         chunk = max(_EXACT // self.dim, 1)
-        pairs = zip(row.split(chunk), candidate.split(chunk), strict=True)
+        pairs = zip(torch.split(row, chunk), torch.split(candidate, chunk), strict=True)
         distance = torch.cat([self._distance(x[r].double(), self._centroids[c].double()) for r, c in pairs])
         least = torch.full((len(x),), math.inf, dtype=torch.float64, device=x.device)
         least.scatter_reduce_(0, row, distance, "amin")
@@ -181,7 +181,7 @@ class Assigner:
             todo &= (x != 0).any(1)
         chunk = max(_EXACT // (self.size * self.dim), 1)
         c = self._centroids.double()
-        for rows in todo.nonzero()[:, 0].split(chunk):
+        for rows in torch.split(todo.nonzero()[:, 0], chunk):
             ids[rows] = self._distance(x[rows, None].double(), c).argmin(1)
         return ids.to(self.device)
 
