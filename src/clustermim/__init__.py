@@ -29,6 +29,8 @@ _API = {
     "graph": "clustermim.verbs.graph_spectrum",
     "pretrain": "clustermim.verbs.pretrain_encoder",
     "probe": "clustermim.verbs.probe_encoders",
+    "export_encoder": "clustermim.verbs.export_run",
+    "import_checkpoint": "clustermim.verbs.import_file",
     "demo": "clustermim.verbs.run_demo",
 }
 
@@ -40,8 +42,10 @@ __all__ = [
     "__version__",
     "augmentation_spectrum",
     "demo",
+    "export_encoder",
     "fit_tokenizer",
     "graph",
+    "import_checkpoint",
     "import_tokenizer",
     "load_tokenizer",
     "make_features",
@@ -66,7 +70,9 @@ if TYPE_CHECKING:
     from clustermim.scoring.graph import augmentation_spectrum
     from clustermim.scoring.tcas import TokenScore, score_tokens
     from clustermim.tokenizers.tokenizer import Tokenizer, load_tokenizer
+    from clustermim.verbs.export_run import export_encoder
     from clustermim.verbs.graph_spectrum import graph
+    from clustermim.verbs.import_file import import_checkpoint
     from clustermim.verbs.pretrain_encoder import pretrain
     from clustermim.verbs.probe_encoders import probe
     from clustermim.verbs.run_demo import demo

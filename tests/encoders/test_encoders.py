@@ -29,6 +29,12 @@ def hf_model(name: str) -> Callable[[Path, int], str]:
     return lambda folder, channels: f"hf:{write_hf(folder, name, channels)}?size={HEIGHT}x{WIDTH}"
 
 
+def mae_file(folder: Path, channels: int) -> str:
+    folder.mkdir(exist_ok=True)
+    torch.save({"model": tiny_vit(channels).state_dict()}, folder / "mae.pth")
+    return f"mae:{folder / 'mae.pth'}?heads=2&size={HEIGHT}x{WIDTH}"
+
+
 KINDS: dict[str, Callable[[Path, int], object]] = {
     "run": write_run,
     "hf vit": hf_model("ViTModel"),
@@ -37,6 +43,7 @@ KINDS: dict[str, Callable[[Path, int], object]] = {
     "hf dinov2 with registers": hf_model("Dinov2WithRegistersModel"),
     "hf beit": hf_model("BeitModel"),
     "hf beit, masked": hf_model("BeitForMaskedImageModeling"),
+    "mae": mae_file,
     "random preset": lambda folder, channels: "random:vit_micro?patch_size=8",
     "random timm cnn": lambda folder, channels: "random:test_efficientnet",
     "random timm vit": lambda folder, channels: "random:test_vit?patch_size=8",

@@ -99,6 +99,36 @@ def open_timm(spec: str, rest: str, options: Mapping[str, str], view: ViewConfig
     return TimmEncoder(model, spec, image_size=sides, channels=channels, mean=mean, std=std)
 
 
+def timm_from_file(
+    name: str, file: Path, spec: str, *, image_size: tuple[int, int] | None = None
+) -> tuple[Any, dict[str, Any]]:
+    """A timm model with the weights of a file, and the keyword arguments that rebuild it beside `num_classes=0`.
+
+    Parameters
+    ----------
+    name
+        As timm spells it.
+    file
+        Weights under timm's names, or in the MAE layout.
+    spec
+        What the user wrote, for error messages.
+    image_size
+        (height, width) to which position embeddings are resampled; None for the model's own.
+
+    Raises
+    ------
+    InputError
+        Unknown model, or weights that cannot be read or fitted: the first that does not fit is named with both shapes.
+    """
+    config = find_timm(name)
+    first = None if config is None else f"{config.first_conv}.weight"
+    state = read_weights(file)
+    kwargs: dict[str, Any] = {"in_chans": int(state[first].shape[1]) if first in state else 3}
+    if image_size is not None and (config is None or config.fixed_input_size):
+        kwargs["img_size"] = list(image_size)
+    return _create_from_file(name, file, spec, {"num_classes": 0, **kwargs}, remap=False), kwargs
+
+
 def open_random(spec: str, rest: str, options: Mapping[str, str], view: ViewConfig | None) -> TimmEncoder:
     """`random:<model>[?patch_size=..&seed=..]`: the floor of an untrained network, at the images' own size.
 

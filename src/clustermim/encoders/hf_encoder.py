@@ -144,7 +144,7 @@ def open_hf(spec: str, rest: str, options: Mapping[str, str], view: ViewConfig |
         `transformers` is not installed, there is no such model, it is of another kind, or its weights do not fit.
     """
     library = import_transformers(spec)
-    with _quiet(library):
+    with quiet(library):
         config = _load(spec, lambda: library.AutoConfig.from_pretrained(rest, trust_remote_code=False))
         kind = getattr(config, "model_type", "")
         if kind not in MODELS:
@@ -259,7 +259,7 @@ def _load(spec: str, loader: Any) -> Any:
 
 
 @contextlib.contextmanager
-def _quiet(library: Any) -> Iterator[None]:
+def quiet(library: Any) -> Iterator[None]:
     """Without its progress bars and reports on the heads that a backbone leaves out."""
     level = library.logging.get_verbosity()
     library.logging.set_verbosity_error()

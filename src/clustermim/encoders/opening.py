@@ -13,6 +13,7 @@ from clustermim.encoders.building import open_random, open_run, open_timm
 from clustermim.encoders.contract import Encoder
 from clustermim.encoders.floors import open_raw_pixels
 from clustermim.encoders.hf_encoder import open_hf
+from clustermim.encoders.mae_encoder import open_mae
 from clustermim.encoders.module_encoder import ModuleEncoder
 from clustermim.encoders.timm_encoder import TimmEncoder, declared_statistics
 from clustermim.errors import InputError, nearest
@@ -34,6 +35,7 @@ class Kind:
 OPENERS: dict[str, Kind] = {
     "timm": Kind(open_timm, "size", "remap"),
     "hf": Kind(open_hf, "size"),
+    "mae": Kind(open_mae, "size", "heads"),
     "random": Kind(open_random, "patch_size", "seed"),
     "raw-pixels": Kind(open_raw_pixels, bare=True),
 }

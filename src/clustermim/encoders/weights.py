@@ -1,6 +1,7 @@
 """Weights from a file: read without running anything that is in it, and loaded only where every tensor fits."""
 
 import argparse
+import json
 import pickle
 import zipfile
 from collections.abc import Mapping
@@ -14,6 +15,9 @@ from torch import Tensor, nn
 
 from clustermim.encoders.keymaps import unwrap
 from clustermim.errors import InputError
+
+FACTS_KEY = "clustermim"
+"""Key under which our exports keep what the weights alone do not tell: mean, std, image size, heads."""
 
 
 def read_weights(path: str | Path) -> dict[str, Tensor]:
@@ -36,6 +40,28 @@ def read_weights(path: str | Path) -> dict[str, Tensor]:
     if not isinstance(content, Mapping):
         raise InputError(f"{path} holds a {type(content).__name__}, not a mapping of names to tensors.")
     return dict(content) if Path(path).suffix == ".safetensors" else unwrap(content, str(path))
+
+
+def read_checkpoint(path: str | Path) -> dict[str, Any]:
+    """All that a checkpoint file holds, whatever its layout; of a `.safetensors` file also our facts, as a mapping.
+
+    Raises
+    ------
+    InputError
+        No such file, a damaged one, one that would have to run code, or one that is no mapping.
+    """
+    content = read_without_running(path)
+    if not isinstance(content, Mapping):
+        raise InputError(f"{path} holds a {type(content).__name__}, not a mapping of names to tensors.")
+    content = dict(content)
+    if Path(path).suffix == ".safetensors":
+        with safetensors.safe_open(path, framework="pt") as file:
+            facts = (file.metadata() or {}).get(FACTS_KEY)
+        try:
+            content |= {} if facts is None else {FACTS_KEY: json.loads(facts)}
+        except ValueError as error:
+            raise InputError(f"{path}: its metadata cannot be read ({error}). Export it again.") from error
+    return content
 
 
 def read_without_running(path: str | Path) -> Any:
