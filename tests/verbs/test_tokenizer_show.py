@@ -110,7 +110,11 @@ def test_rectangular_colour_images_without_labels() -> None:
 
 def test_a_very_large_vocabulary_is_cut_and_says_so(tmp_path: Path) -> None:
     shown = show_tokenizer(fitted("identity"), out=tmp_path / "o", most=20, options=FEW)
-    assert len(shown.view.tokens) == 20
+    assert shown.view.listed == len(vocabulary_tiles(shown.view)) == 20
+    # Beside them, those that the maps need for their colours and their legend.
+    assert set(shown.view.tokens[20:].tolist()) | set(range(20)) >= set(legend(shown.view))
+    assert len(vocabulary_tiles(shown.view, only=legend(shown.view))) == len(legend(shown.view))
+    assert len(shown.view.tokens) < 20 + 12 * 16 + 1
     assert "the 20 most used of 960" in shown.page.read_text()
     assert len(shown.rows()) == 960
 

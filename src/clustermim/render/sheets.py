@@ -108,7 +108,7 @@ def token_map(
     colours
         Colour of each token, (K, 3).
     cell
-        Side of a patch in the map, in pixels; ids are written from 20 pixels (of up to four digits from 30) on.
+        Side of a patch in the map, in pixels; ids are written from `number_cell` pixels on.
 
     Returns
     -------
@@ -126,12 +126,17 @@ def token_map(
     mixed = np.where(np.tile(edge, (rows, columns))[..., None], flat, mixed)
     canvas = Image.fromarray(np.round(mixed).astype(np.uint8))
     digits = len(str(int(ids.max())))
-    if cell >= 10 + 5 * digits:
+    if cell >= number_cell(digits):
         draw, font = ImageDraw.Draw(canvas), _font(min(cell // 2, int(cell * 1.35 / max(digits, 2))))
         for row, column in np.ndindex(rows, columns):
             centre = (column * cell + cell / 2, row * cell + cell / 2)
             draw.text(centre, str(int(ids[row, column])), fill=(0, 0, 0), font=font, anchor="mm")
     return np.asarray(canvas)
+
+
+def number_cell(digits: int) -> int:
+    """Side in pixels from which on a cell of a token map bears a number of so many digits."""
+    return 10 + 5 * digits
 
 
 def rebuilt(

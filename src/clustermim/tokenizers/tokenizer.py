@@ -109,6 +109,10 @@ class Tokenizer(
         self.codebook = None
         self.eval()
 
+    def code_pictures(self) -> Float[Tensor, "k c p p"] | None:
+        """A picture of each token in [0, 1], where the tokenizer can paint one by itself; None where it cannot."""
+        return None
+
     @property
     def grid(self) -> tuple[int, int]:
         """Patches down and across in the images it was made for."""

@@ -5,10 +5,11 @@ Shared by the verbs that show tokens; the pictures themselves are made in `rende
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import numpy as np
 import torch
-from jaxtyping import Float, Int64, UInt8
+from jaxtyping import Bool, Float, Int64, UInt8
 from torch import Tensor
 
 from clustermim.data.counted import uniform
@@ -21,6 +22,7 @@ from clustermim.render.sheets import (
     Tile,
     enlarge,
     mosaic,
+    number_cell,
     rebuilt,
     side_by_side,
     similarity_order,
@@ -32,6 +34,9 @@ from clustermim.tokenizers.tokenizer import Tokenizer
 
 _GAP = 3
 """Pixels between the patches that share a picture."""
+
+_MOST_HIGH = 448
+"""Pixels that a token map may be high so that its numbers can be read."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,7 +57,10 @@ class TokenView:
     shows: str
     """What a token's picture is: its centroid, the patches nearest to it, or patches that have it."""
     tokens: Int64[np.ndarray, " shown"]
-    """Ids of the tokens that have a picture, by falling use; all of them unless the vocabulary is very large."""
+    """Ids of the tokens that have a picture, by falling use: all of them, or of a very large vocabulary the most used
+    and those that occur in the maps."""
+    listed: int
+    """How many of `tokens`, from the first, are the most used; the others are there for the maps."""
     pictures: Sequence[UInt8[np.ndarray, "_ _ 3"]] = field(repr=False)
     """One for each of `tokens`; never-used ones of the kind that shows patches are grey."""
     typical: Sequence[UInt8[np.ndarray, "_ _ 3"]] = field(repr=False)
@@ -78,8 +86,11 @@ class TokenView:
 
     def colours(self) -> dict[int, tuple[int, int, int]]:
         """Token -> its colour; tokens of like pictures get like colours."""
-        rank = similarity_order(self.typical)
-        palette = token_colours(rank)
+        return dict(self._colours)
+
+    @cached_property
+    def _colours(self) -> dict[int, tuple[int, int, int]]:
+        palette = token_colours(similarity_order(self.typical))
         return {int(token): (int(r), int(g), int(b)) for token, (r, g, b) in zip(self.tokens, palette, strict=True)}
 
     def rows(self) -> list[dict[str, float | int]]:
@@ -118,40 +129,68 @@ def look_at_tokens(
     tokenizer = tokenizer.to(device).eval()
     k = tokenizer.vocab_size
     wanted = 4 if min(k, most) <= 256 else 1
-    centroids = _centroid_pictures(tokenizer)
+    centroids, decoded = _centroid_pictures(tokenizer), tokenizer.code_pictures() is not None
+    nearest = None if centroids is not None else _Nearest(wanted)
+    window = _window(tokenizer)
+    # Of a very large vocabulary only the tokens that are shown keep patches; which they are is known after one pass.
+    counts, images_with = _look_through(tokenizer, source, device, nearest if k <= most else None, window)
+    maps = _map_images(tokenizer, source, examples, device)
+    ranked = np.argsort(-counts, kind="stable")
+    mapped = np.zeros(k, dtype=bool)
+    mapped[np.concatenate([image.ids.ravel() for image in maps])] = True
+    tokens = np.concatenate([ranked[:most], ranked[most:][mapped[ranked[most:]]]])
+    if nearest is None:
+        assert centroids is not None
+        shows = "what it decodes to" if decoded else "its centroid"
+        pictures = typical = [centroids[token] for token in tokens]
+    else:
+        if k > most:
+            shown = np.zeros(k, dtype=bool)
+            shown[tokens] = True
+            _look_through(tokenizer, source, device, nearest, window, shown)
+        shows = f"{wanted} patches" if wanted > 1 else "the patch"
+        shows += " nearest to its centroid" if tokenizer.codebook is not None else " drawn from those that have it"
+        shows += ", with their surroundings" if window > tokenizer.patch_size else ""
+        pictures, typical = nearest.pictures(tokens, window)
+    return TokenView(
+        vocab_size=k,
+        shows=shows,
+        tokens=tokens,
+        listed=min(k, most),
+        pictures=pictures,
+        typical=typical,
+        counts=counts,
+        images_with=images_with,
+        images=len(source),
+        maps=maps,
+    )
+
+
+def _look_through(
+    tokenizer: Tokenizer,
+    source: ImageSource,
+    device: str,
+    nearest: "_Nearest | None",
+    window: int,
+    only: Bool[np.ndarray, " k"] | None = None,
+) -> tuple[Int64[np.ndarray, " k"], Int64[np.ndarray, " k"]]:
+    """One pass: patches and images that have each token; and the patches nearest to (`only` some) tokens, if asked."""
+    k = tokenizer.vocab_size
     counts, images_with = np.zeros(k, dtype=np.int64), np.zeros(k, dtype=np.int64)
-    nearest, window = _Nearest(wanted), _window(tokenizer)
     for batch in make_loader(source, batch_size=64, train=False, device=device).epoch():
         ids = tokenizer.encode(batch.images, index=batch.index, labels=batch.labels)
         flat = ids.reshape(-1).cpu().numpy()
         counts += np.bincount(flat, minlength=k)
         pairs = torch.unique(batch.index[:, None] * k + ids).cpu().numpy()
         images_with += np.bincount(pairs % k, minlength=k)
-        if centroids is None:
+        if nearest is not None:
             distance = _distance_to_own_centroid(tokenizer, batch.images, ids)
             if distance is None:
                 distance = uniform(0, batch.index[:, None], torch.arange(ids.shape[1], device=ids.device)).reshape(-1)
-            nearest.update(flat, distance.cpu().numpy(), _Windows(batch.images, tokenizer.patch_size, window))
-    tokens = np.argsort(-counts, kind="stable")[:most]
-    if centroids is None:
-        shows = f"{wanted} patches" if wanted > 1 else "the patch"
-        shows += " nearest to its centroid" if tokenizer.codebook is not None else " drawn from those that have it"
-        shows += ", with their surroundings" if window > tokenizer.patch_size else ""
-        pictures, typical = nearest.pictures(tokens, window)
-    else:
-        shows = "its centroid"
-        pictures = typical = [centroids[token] for token in tokens]
-    return TokenView(
-        vocab_size=k,
-        shows=shows,
-        tokens=tokens,
-        pictures=pictures,
-        typical=typical,
-        counts=counts,
-        images_with=images_with,
-        images=len(source),
-        maps=_map_images(tokenizer, source, examples, device),
-    )
+            where = np.arange(len(flat)) if only is None else np.flatnonzero(only[flat])
+            cut = _Windows(batch.images, tokenizer.patch_size, window)
+            nearest.update(flat[where], distance.cpu().numpy()[where], cut, where)
+    return counts, images_with
 
 
 class _Windows:
@@ -188,14 +227,20 @@ class _Nearest:
         self.distance = np.zeros(0, dtype=np.float32)
         self.patches: np.ndarray | None = None
 
-    def update(self, ids: Int64[np.ndarray, " n"], distance: Float[np.ndarray, " n"], patches: _Windows) -> None:
-        """Take in a batch of patches."""
+    def update(
+        self,
+        ids: Int64[np.ndarray, " n"],
+        distance: Float[np.ndarray, " n"],
+        patches: _Windows,
+        where: Int64[np.ndarray, " n"],
+    ) -> None:
+        """Take in some patches of a batch, those at `where`."""
         known = len(self.ids)
         ids, distance = np.concatenate([self.ids, ids]), np.concatenate([self.distance, distance])
         order = np.lexsort((distance, ids))
         starts = np.searchsorted(ids[order], ids[order], side="left")
         kept = np.sort(order[np.arange(len(order)) - starts < self.wanted])
-        cut = patches[kept[kept >= known] - known]
+        cut = patches[where[kept[kept >= known] - known]]
         self.patches = cut if self.patches is None else np.concatenate([self.patches[kept[kept < known]], cut])
         self.ids, self.distance = ids[kept], distance[kept]
 
@@ -228,7 +273,10 @@ def _window(tokenizer: Tokenizer) -> int:
 
 
 def _centroid_pictures(tokenizer: Tokenizer) -> list[UInt8[np.ndarray, "h w 3"]] | None:
-    """Centroids as pictures, where they are pixels; None for any other features and for the controls."""
+    """What each token stands for, where that is pixels; None for any other features and for the controls."""
+    decoded = tokenizer.code_pictures()
+    if decoded is not None:
+        return [to_rgb(picture.cpu().numpy()) for picture in decoded]
     features, codebook = tokenizer.features, tokenizer.codebook
     if codebook is None or codebook.metric != "l2" or not isinstance(features, PixelFeatures):
         return None
@@ -290,14 +338,15 @@ def vocabulary_tiles(view: TokenView, *, only: Sequence[int] | None = None, brie
     view
         What to show.
     only
-        Ids to leave in; None for all that have a picture.
+        Ids to leave in; None for the most used.
     brief
-        Leave the share out of the caption.
+        Leave the share out of the caption, and the frame in the token's colour: so small, it would drown the picture.
     """
     colours, total, top = view.colours(), view.counts.sum(), view.counts.max()
     tiles = []
+    wanted = set(view.tokens[: view.listed].tolist() if only is None else only)
     for token, picture in zip(view.tokens.tolist(), view.pictures, strict=True):
-        if only is not None and token not in only:
+        if token not in wanted:
             continue
         share = view.counts[token] / total
         said = f"{token} · {_percent(share)}" if view.counts[token] else f"{token} · unused"
@@ -306,7 +355,7 @@ def vocabulary_tiles(view: TokenView, *, only: Sequence[int] | None = None, brie
                 picture=picture,
                 caption=str(token) if brief else said,
                 bar=float(np.sqrt(view.counts[token] / top)),
-                colour=colours[token],
+                colour=None if brief else colours[token],
                 description=f"Token {said.replace(' · ', ', ')}",
             )
         )
@@ -327,7 +376,9 @@ def map_tiles(view: TokenView, *, height: int = 160) -> list[Tile]:
     single = {int(t): p for t, p in zip(view.tokens, view.pictures, strict=True) if p.shape[:2] == (side, side)}
     tiles = []
     for mapped in view.maps:
-        cell = max(2, height // mapped.ids.shape[0])
+        rows, digits = mapped.ids.shape[0], len(str(int(mapped.ids.max())))
+        # Large enough for the numbers, by which a token is found in the legend, unless the grid is very fine.
+        cell = max(2, height // rows, min(number_cell(digits), _MOST_HIGH // rows))
         parts = [mapped.picture, token_map(mapped.picture, mapped.ids, colours, cell=cell)]
         if all(token in single for token in np.unique(mapped.ids).tolist()):
             parts.append(rebuilt(mapped.ids, single))
@@ -339,6 +390,12 @@ def map_tiles(view: TokenView, *, height: int = 160) -> list[Tile]:
             )
         )
     return tiles
+
+
+def legend_tiles(view: TokenView) -> list[Tile]:
+    """One tile for each token in the maps, by number: so it is found from the number in a map."""
+    tiles = vocabulary_tiles(view, only=legend(view))
+    return sorted(tiles, key=lambda tile: int(tile.caption.split()[0]))
 
 
 def legend(view: TokenView) -> list[int]:

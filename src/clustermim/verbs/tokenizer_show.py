@@ -1,5 +1,6 @@
 """`clustermim tokenizer show`: the vocabulary as pictures with usage bars, and token maps over images."""
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from json import dumps
 from pathlib import Path
@@ -16,7 +17,7 @@ from clustermim.render.sheets import Group, picture_sheet, png, tile_side
 from clustermim.runs import RunDirectory, atomic_write
 from clustermim.tokenizers.tokenizer import load_tokenizer
 from clustermim.training.launch import Device, resolve_device
-from clustermim.verbs.token_views import TokenView, legend, look_at_tokens, map_tiles, vocabulary_tiles
+from clustermim.verbs.token_views import TokenView, legend_tiles, look_at_tokens, map_tiles, vocabulary_tiles
 
 _ENOUGH = 5000
 """Images that are looked at unless `--limit` says otherwise: more would not change the pictures."""
@@ -100,7 +101,8 @@ def show_tokenizer(
         sheets = _sheets(view, name, source.name)
         for file, image in sheets.items():
             atomic_write(run.path / file, image)
-        atomic_write(run.path / "tokens.html", _page(view, name, source.name).html())
+        page = _page(view, name, source.name, loaded.facts.get("signatures"))
+        atomic_write(run.path / "tokens.html", page.html())
         run.finish({"tokenizer": loaded.fingerprint(), "data_fingerprint": source.fingerprint()})
     shown = ShownTokens(
         page=run.path / "tokens.html",
@@ -115,7 +117,7 @@ def show_tokenizer(
 
 def describe(view: TokenView) -> str:
     """A sentence on what the vocabulary's pictures and bars show."""
-    some = "" if len(view.tokens) == view.vocab_size else f"the {len(view.tokens):,} most used of {view.vocab_size:,}; "
+    some = "" if view.listed == view.vocab_size else f"the {view.listed:,} most used of {view.vocab_size:,}; "
     return (
         f"Each token is shown by {view.shows} ({some}most used first). Below it its number and its share of all "
         "patches; the bar is the square root of that share, relative to the commonest token."
@@ -132,6 +134,9 @@ def _facts(view: TokenView) -> dict[str, str]:
     }
 
 
+_MAP_WIDTH = 560
+"""CSS pixels: at most so wide is a map on a page; two stand side by side on a desk, and their numbers can be read."""
+
 _MAP_NOTE = (
     "Each image, then its tokens: a patch in its token's colour with the token's number where it fits. Like tokens "
     "have like colours. Where a token's picture is one patch, the image rebuilt of these pictures follows."
@@ -139,16 +144,16 @@ _MAP_NOTE = (
 
 
 def _sheets(view: TokenView, name: str, data: str) -> dict[str, bytes]:
-    tiles = vocabulary_tiles(view, brief=len(view.tokens) > 256)
+    tiles = vocabulary_tiles(view, brief=view.listed > 256)
     vocabulary = picture_sheet(
         [Group(title="", tiles=tiles, side=tile_side(len(tiles)))],
         title=f"Vocabulary of {name}",
         note=f"{describe(view)} Seen on {view.images:,} images of {data}.",
     )
-    seen = vocabulary_tiles(view, only=legend(view))
+    seen, shown = legend_tiles(view), map_tiles(view, height=176)
     maps = picture_sheet(
         [
-            Group(title="", tiles=map_tiles(view, height=176), side=176),
+            Group(title="", tiles=shown, side=max(tile.picture.shape[0] for tile in shown)),
             Group(title="Tokens in these images", tiles=seen, side=min(56, tile_side(len(seen)))),
         ],
         title=f"Token maps of {name}",
@@ -159,8 +164,8 @@ def _sheets(view: TokenView, name: str, data: str) -> dict[str, bytes]:
 
 def add_vocabulary(section: Section, view: TokenView, *, folded: str = "") -> None:
     """The vocabulary as a gallery on a page; behind a heading to open if `folded` gives one."""
-    side = max(34, tile_side(len(view.tokens)))
-    tiles = vocabulary_tiles(view, brief=len(view.tokens) > 256)
+    side = max(34, tile_side(view.listed))
+    tiles = vocabulary_tiles(view, brief=view.listed > 256)
     section.gallery(tiles, side=side, caption=describe(view), folded=folded)
 
 
@@ -168,18 +173,23 @@ def add_maps(section: Section, view: TokenView) -> None:
     """Token maps as a gallery on a page, without the legend."""
     tiles = map_tiles(view)
     width = max(tile.picture.shape[1] for tile in tiles)
-    section.gallery(tiles, side=min(width, 264), caption=_MAP_NOTE)
+    section.gallery(tiles, side=min(width, _MAP_WIDTH), caption=_MAP_NOTE)
 
 
-def _page(view: TokenView, name: str, data: str) -> Page:
+def _page(view: TokenView, name: str, data: str, signatures: Sequence[Mapping[str, Any]] | None) -> Page:
     page = Page(
         f"Tokens of {name}",
         lead=[f"{view.used:,} of {view.vocab_size:,} tokens are in use on {view.images:,} images of {data}."],
     )
-    page.section("In figures").facts(_facts(view))
+    figures = page.section("In figures")
+    figures.facts(_facts(view))
+    if signatures:
+        figures.note(*(f"**{found['name'].capitalize()}.** {found['says']}" for found in signatures))
+    elif signatures is not None:
+        figures.paragraph("The fit showed none of the known signs of failure.")
     add_vocabulary(page.section("Vocabulary"), view)
     section = page.section("Token maps")
     add_maps(section, view)
-    seen = vocabulary_tiles(view, only=legend(view))
-    section.gallery(seen, side=72, caption="The tokens in these images, most used first.")
+    seen = legend_tiles(view)
+    section.gallery(seen, side=max(48, min(72, tile_side(len(seen)))), caption="The tokens in these images, by number.")
     return page
