@@ -66,3 +66,5 @@ def test_options_that_are_missing_or_wrong(fails: Invoke, tmp_path: Path) -> Non
     assert "patch-size" in bring(fails, tmp_path / "t.npy", *ARGUMENTS[2:])
     assert "Did you mean 'pixel'" in bring(fails, tmp_path / "t.npy", *ARGUMENTS, "--features", "pxel")
     assert "dot" in bring(fails, tmp_path / "t.npy", *ARGUMENTS, "--metric", "dott")
+    whitened = bring(fails, tmp_path / "t.npy", *ARGUMENTS, "--features", "pixel?whiten=true")
+    assert "to the measure of training images" in whitened

@@ -171,6 +171,11 @@ def import_centroids(
             "images that are not here (whitening, scales of a join, pca). Name features without, such as a join with "
             "|balance=false, or pass fitted features in Python."
         )
+    if described.needs_fit:
+        raise InputError(
+            f"Features `{described.spec}` are made to the measure of training images, which a table of centroids does "
+            "not bring. In Python, give features that were fitted: import_tokenizer(.., features=tokenizer.features)."
+        )
     table = checked_centroids(centroids, described, where)
     config = {
         "vocab_size": len(table),
