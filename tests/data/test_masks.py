@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
-from clustermim.data.masks import block_masks, hidden_count, random_masks
+from clustermim.data.masks import block_masks, hidden_count, part_of_masks, random_masks
 from clustermim.errors import InputError
 
 
@@ -32,6 +32,28 @@ def test_block_masks_hide_exactly_the_count(rows, columns, ratio, seed):
 
 
 @pytest.mark.parametrize("epoch", [0, 7])
+@given(st.integers(2, 60), st.floats(0.05, 0.95), st.integers(0, 99))
+@settings(deadline=None, max_examples=30)
+def test_part_of_masks_is_a_part_of_the_count(patches, ratio, seed):
+    if not 1 <= round(patches * ratio) < patches:
+        return
+    index = torch.arange(5)
+    mask = random_masks(seed, 1, index, patches, ratio)
+    for count in {1, int(mask[0].sum())}:
+        part = part_of_masks(seed, 1, index, mask, count)
+        assert part.sum(1).tolist() == [count] * 5
+        assert not bool((part & ~mask).any())
+    assert torch.equal(part, mask)
+
+
+def test_part_of_masks_asks_for_each_hidden_patch_alike():
+    index = torch.arange(4000)
+    mask = random_masks(0, 0, index, 8, 0.5)
+    part = part_of_masks(0, 0, index, mask, 2)
+    share = part.sum(0) / mask.sum(0)
+    assert bool(((share - 0.5).abs() < 0.05).all())
+
+
 def test_random_masks_are_uniform_over_positions(epoch):
     images, patches, ratio = 20_000, 16, 0.75
     mask = random_masks(0, epoch, torch.arange(images), patches, ratio)

@@ -6,10 +6,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from clustermim.data.masks import random_masks
+from clustermim.data.masks import part_of_masks, random_masks
 from clustermim.encoders.keymaps import from_mae_layout
 from clustermim.errors import InputError
-from clustermim.mim.model import build_model, split_mask, take_rows
+from clustermim.mim.building import build_model
+from clustermim.mim.crossing import CrossBlock
+from clustermim.mim.selecting import split_mask, take_rows
 from clustermim.mim.targets import PixelTarget
 
 SHAPES = [((8, 8), 1, 2), ((8, 12), 4, 4), ((12, 8), 3, 2)]
@@ -49,6 +51,79 @@ def test_split_mask_is_exact(patches, batch, seed, ratio):
         assert visible[row].tolist() == (~mask[row]).nonzero().flatten().tolist()
     values = torch.rand(batch, patches, 3)
     assert torch.equal(take_rows(values, hidden), values[mask].view(batch, -1, 3))
+
+
+KINDS = [{}, {"decoder": "cross"}, {"encoder": "full"}]
+
+
+def any_kind(kind, size=(8, 12), channels=3, patch=2, **options):
+    sizes = {} if kind.get("encoder") == "full" else {"decoder_dim": 32, "decoder_depth": 2, "decoder_heads": 2}
+    return build_model(
+        "vit_micro", image_size=size, patch_size=patch, channels=channels, output_dim=5,
+        mean=[0.4] * channels, std=[0.3] * channels, **kind, **sizes, **options,
+    )[0]  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(("size", "channels", "patch"), SHAPES)
+def test_every_architecture_predicts_and_learns_without_a_leak(kind, size, channels, patch):
+    model = any_kind(kind, size, channels, patch)
+    images = torch.rand(3, channels, *size)
+    mask = random_masks(0, 0, torch.arange(3), model.num_patches, 0.5)
+    pixels = mask.view(3, 1, *model.grid).repeat_interleave(patch, 2).repeat_interleave(patch, 3)
+    found = model(images, mask)
+    assert found.shape == (3, int(mask[0].sum()), 5)
+    assert torch.equal(found, model(torch.where(pixels, torch.rand_like(images), images), mask))
+    assert not torch.equal(found, model(torch.where(pixels, images, torch.rand_like(images)), mask))
+    found.square().sum().backward()
+    for key, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            assert parameter.grad is not None and parameter.grad.abs().sum() > 0, key
+    again = any_kind(kind, size, channels, patch, seed=9)
+    again.load_mae_state(model.mae_state())
+    assert torch.equal(found, again(images, mask))
+
+
+@pytest.mark.parametrize("kind", [{"decoder": "cross"}, {"encoder": "full"}])
+def test_a_part_of_the_predictions_is_that_part(kind):
+    model = any_kind(kind)
+    images, index = torch.rand(3, 3, 8, 12), torch.arange(3)
+    mask = random_masks(0, 0, index, model.num_patches, 0.5)
+    asked = part_of_masks(0, 0, index, mask, 5)
+    assert not bool((asked & ~mask).any())
+    everything, part = model(images, mask), model(images, mask, None, asked)
+    chosen = asked[mask].view(3, -1)
+    torch.testing.assert_close(part, everything[chosen].view(3, 5, 5), atol=1e-6, rtol=1e-5)
+
+
+def test_the_full_encoder_is_timms_with_mask_tokens():
+    model = any_kind({"encoder": "full"})
+    images = torch.rand(2, 3, 8, 12)
+    mask = random_masks(0, 0, torch.arange(2), model.num_patches, 0.4)
+    encoder = model.encoder
+    tokens = encoder.patch_embed((images - 0.4) / 0.3)
+    tokens = torch.where(mask[..., None], model.mask_token, tokens)
+    tokens = torch.cat([encoder.cls_token.expand(2, -1, -1), tokens], 1) + encoder.pos_embed
+    expected = model.decoder_pred(encoder.norm(encoder.blocks(tokens))[:, 1:])[mask].view(2, -1, 5)
+    torch.testing.assert_close(model(images, mask), expected, atol=1e-5, rtol=1e-4)
+
+
+def test_cross_decoder_is_attention_written_out():
+    block = CrossBlock(12, 3)
+    queries, context = torch.randn(2, 5, 12), torch.randn(2, 7, 12)
+    q = block.q(block.norm1(queries)).view(2, 5, 3, 4)
+    k, v = (part.reshape(2, 7, 3, 4) for part in block.kv(block.norm_context(context)).chunk(2, -1))
+    weights = torch.einsum("bqhd,bkhd->bhqk", q, k).div(2.0).softmax(-1)
+    after = queries + block.proj(torch.einsum("bhqk,bkhd->bqhd", weights, v).flatten(2))
+    expected = after + block.mlp(block.norm2(after))
+    torch.testing.assert_close(block(queries, context), expected, atol=1e-5, rtol=1e-4)
+
+
+def test_a_full_encoder_has_no_decoder_to_size():
+    with pytest.raises(InputError, match="--encoder full has no decoder"):
+        any_kind({"encoder": "full", "decoder_dim": 16})
+    with pytest.raises(InputError, match="--encoder full has no decoder"):
+        any_kind({"encoder": "full", "decoder": "cross"})
 
 
 def test_unequal_masks_are_refused():

@@ -1,5 +1,6 @@
 """The loop: exact under accumulation, stopping and resuming; honest about NaN."""
 
+import contextlib
 import os
 import signal
 
@@ -11,8 +12,9 @@ import torch
 from clustermim.data.loaders import make_loader
 from clustermim.data.sources import open_source
 from clustermim.errors import InputError, NonFiniteLossError, Stopped
+from clustermim.mim.building import initialise
 from clustermim.mim.estimate import estimate
-from clustermim.mim.model import MaskedImageModel, initialise
+from clustermim.mim.model import MaskedImageModel
 from clustermim.mim.pretraining import PretrainConfig, choose_attention, train
 from clustermim.mim.targets import PixelTarget, TargetLoss
 from clustermim.runs import RunDirectory
@@ -103,6 +105,43 @@ def test_stopped_after_every_step_and_resumed_is_bit_identical(tmp_path):
     assert timeless(unchanged) == timeless(rows)
 
 
+@pytest.mark.parametrize("changes", [{"ema": 0.9}, {"mask_kind": "block", "mask_ratio": 0.5}, {"predict_ratio": 0.5}])
+def test_stopped_and_resumed_is_bit_identical_with(changes, tmp_path):
+    """The masks are functions of the step, and the running mean is part of the checkpoint."""
+    whole, _, rows = go(tmp_path / "whole", **changes)
+    for step in range(1, 4):
+        with pytest.raises(Stopped):
+            go(tmp_path / "parts", **changes, resume=step > 1, max_minutes=0.0)
+    parts, _, resumed = go(tmp_path / "parts", **changes, resume=True)
+    assert_same_weights(whole, parts)
+    assert timeless(rows) == timeless(resumed)
+    plain, _, _ = go(tmp_path / "plain")
+    assert not torch.equal(plain.encoder.norm.weight, whole.encoder.norm.weight)
+
+
+def test_the_running_mean_by_hand(tmp_path):
+    """A decay that warms up as 1 − step^(−2/3), never above the one asked for; the decoder is not averaged."""
+    plain, _, _ = go(tmp_path / "plain")
+    averaged, _, _ = go(tmp_path / "ema", ema=0.5)
+    assert torch.equal(averaged.decoder_pred.weight, plain.decoder_pred.weight)
+    trajectory = encoder_after_each_step(tmp_path / "trajectory")
+    mean = trajectory[0]
+    for step, value in enumerate(trajectory[1:]):
+        decay = 0.0 if step <= 1 else min(0.5, 1 - step ** (-2 / 3))
+        mean = decay * mean + (1 - decay) * value
+    torch.testing.assert_close(averaged.encoder.norm.weight, mean, atol=1e-6, rtol=1e-5)
+
+
+def encoder_after_each_step(folder):
+    """The encoder's norm at the start and after every step of the plain run, read from its checkpoints."""
+    found = [tiny_model(open_source(IMAGES).view.mean, open_source(IMAGES).view.std).encoder.norm.weight.detach()]
+    for step in range(15):
+        with pytest.raises(Stopped) if step < 14 else contextlib.nullcontext():
+            go(folder, resume=step > 0, max_minutes=0.0)
+        found.append(Checkpoints(folder / "checkpoints").load_latest()[1]["model"]["encoder.norm.weight"])
+    return found
+
+
 def test_rows_after_the_checkpoint_are_written_again(tmp_path):
     whole, _, rows = go(tmp_path / "whole", log_every=1, checkpoint_every=Interval(steps=5))
     with pytest.raises(NonFiniteLossError):
@@ -179,7 +218,16 @@ def test_estimate_runs():
 
 
 def test_bad_numbers():
-    for changes in ({"epochs": 0}, {"accumulate": 0}, {"warmup": 1.0}, {"base_lr": 0.0}, {"clip_grad": -1.0}):
+    for changes in (
+        {"epochs": 0},
+        {"accumulate": 0},
+        {"warmup": 1.0},
+        {"base_lr": 0.0},
+        {"clip_grad": -1.0},
+        {"predict_ratio": 0.0},
+        {"ema": 1.0},
+        {"mask_kind": "blok"},
+    ):
         with pytest.raises(InputError):
             PretrainConfig(**{"epochs": 1, "batch_size": 8, "base_lr": 0.1} | changes)
     with pytest.raises(InputError, match="multiple of 6"):

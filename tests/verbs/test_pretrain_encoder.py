@@ -162,6 +162,32 @@ def test_arrays_and_continuing_from_an_encoder(whole, tmp_path):
     assert not (tmp_path / "b").exists()
 
 
+MORE = [
+    {"target": "token", "soft_targets": 0.5, "token_weights": "inverse-sqrt", "ema": 0.9},
+    {"target": "token", "encoder": "full", "mask_kind": "block", "mask_ratio": 0.5},
+    {"target": "feature", "features": "pixel?standardise=true", "decoder": "cross", "predict_ratio": 0.5},
+]
+
+
+@pytest.mark.parametrize("changes", MORE, ids=["token options", "BEiT", "features, cross"])
+def test_other_ways_from_the_command_line(changes, tokenizer, tmp_path, capsys):
+    sized = {} if "encoder" in changes else {"decoder_dim": 16, "decoder_depth": 1, "decoder_heads": 2}
+    given = {"data": "digits", "limit": 64, "batch_size": 32, "epochs": 2, "patch_size": 4, "device": "cpu"} | sized
+    given |= changes | ({"tokenizer": tokenizer} if changes["target"] == "token" else {})
+    assert run(["pretrain", *words(out=tmp_path / "a", **given)]) == 0, capsys.readouterr().err
+    config = yaml.safe_load((tmp_path / "a" / "config.yaml").read_text())
+    assert all(config[key] == value for key, value in changes.items())
+    assert np.isfinite(list(read_metrics(tmp_path / "a"))[-1]["loss"])
+    encoder = load_file(tmp_path / "a" / "encoder.safetensors")
+    everything = load_file(tmp_path / "a" / "model.safetensors")
+    assert all(torch.equal(everything[key], value) for key, value in encoder.items())
+    # What the run was told, fed back, repeats it.
+    (tmp_path / "again.yaml").write_text(yaml.safe_dump(config))
+    assert run(["pretrain", "--config", str(tmp_path / "again.yaml"), "--out", str(tmp_path / "b")]) == 0
+    again = load_file(tmp_path / "b" / "model.safetensors")
+    assert all(torch.equal(everything[key], again[key]) for key in everything)
+
+
 def test_dry_run_writes_nothing(tmp_path, capsys):
     options = TINY | {"epochs": 50, "limit": 128}
     assert run(["pretrain", *words(data="digits", out=tmp_path / "a", dry_run=True, **options)]) == 0
@@ -175,7 +201,7 @@ def test_nan_is_exit_code_3(tmp_path, monkeypatch, capsys):
     def fail(*args, **kwargs):
         raise NonFiniteLossError("The loss of step 7 is nan.")
 
-    monkeypatch.setattr("clustermim.verbs.pretrain_encoder.train", fail)
+    monkeypatch.setattr("clustermim.verbs.pretrain_run.train", fail)
     assert run(["pretrain", *words(data="digits", out=tmp_path / "a", limit=128, **TINY)]) == 3
     assert "step 7" in capsys.readouterr().err
 
@@ -197,6 +223,13 @@ BAD = [
     ({"channels": 3, "mean": 0.5}, "--mean"),
     ({"devices": 0}, "at least one"),
     ({"norm_pix": True, "patch_size": 1}, "variance"),
+    ({"target": "feature"}, "needs --features"),
+    ({"target": "feature", "features": "pixle"}, "Did you mean 'pixel'"),
+    ({"features": "pixel"}, "--features is for --target feature"),
+    ({"label_smoothing": 0.1}, "--label-smoothing is for --target token"),
+    ({"predict_ratio": 0.5}, "needs --decoder cross"),
+    ({"encoder": "full"}, "has no decoder"),
+    ({"ema": 1.5}, "--ema"),
 ]
 
 

@@ -32,6 +32,7 @@ class Stream(IntEnum):
     SAMPLE = 8
     INIT = 9
     TOKENS = 10
+    PART = 20
 
 
 def _signed(word: int) -> int:

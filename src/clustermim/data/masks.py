@@ -66,6 +66,30 @@ def random_masks(
     return _lowest(keys, torch.full_like(index, hidden))
 
 
+def part_of_masks(
+    seed: int, epoch: int, index: Int64[Tensor, " b"], mask: Bool[Tensor, "b n"], count: int
+) -> Bool[Tensor, "b n"]:
+    """A random part of the hidden patches: those that a model shall predict where it need not predict all.
+
+    Parameters
+    ----------
+    seed, epoch, index
+        As for `random_masks`.
+    mask
+        (B, N) True where a patch is hidden.
+    count
+        How many to choose in every row, at most as many as are hidden.
+
+    Returns
+    -------
+    Tensor
+        (B, N) bool, True at `count` of the hidden patches of each row.
+    """
+    patches = torch.arange(mask.shape[1], device=index.device)
+    keys = counter_hash(seed, Stream.PART, epoch, index[:, None], patches)
+    return _lowest(keys.where(mask, torch.iinfo(torch.int64).max), torch.full_like(index, count))
+
+
 def block_masks(
     seed: int, epoch: int, index: Int64[Tensor, " b"], grid: tuple[int, int], ratio: float
 ) -> Bool[Tensor, "b n"]:

@@ -9,9 +9,8 @@ import torch
 from lightning_fabric import Fabric
 
 from clustermim.data.loaders import Loader
-from clustermim.data.masks import hidden_count
-from clustermim.mim.model import MaskedImageModel
-from clustermim.mim.pretraining import PretrainConfig, choose_attention, compiled, make_masks, masked_loss
+from clustermim.mim.contract import MaskedModel
+from clustermim.mim.pretraining import Masking, PretrainConfig, choose_attention, compiled, masked_loss
 from clustermim.mim.targets import Target
 from clustermim.training.optimiser import make_adamw
 
@@ -20,7 +19,7 @@ _MEASURE_STEPS = 20
 
 
 def estimate(
-    fabric: Fabric, model: MaskedImageModel, target: Target, loader: Loader, config: PretrainConfig
+    fabric: Fabric, model: MaskedModel, target: Target, loader: Loader, config: PretrainConfig
 ) -> dict[str, Any]:
     """Take a few real steps on throw-away weights and say what the whole run would take.
 
@@ -37,7 +36,7 @@ def estimate(
     """
     encoder = sum(p.numel() for p in model.encoder.parameters())
     everything = sum(p.numel() for p in model.parameters())
-    hidden, masks = hidden_count(model.num_patches, config.mask_ratio), make_masks(config, model.num_patches)
+    masking = Masking(config, model.grid)
     choose_attention(model, fabric)
     optimiser: Any = make_adamw(model, lr=1e-6)
     forward, optimiser = fabric.setup(compiled(model) if config.compile else model, optimiser)
@@ -53,7 +52,7 @@ def estimate(
             if batch is None:
                 parts = loader.epoch(0)
                 batch = next(parts)
-            fabric.backward(masked_loss(forward, target, batch, masks(0, batch.index), hidden).loss / config.accumulate)
+            fabric.backward(masked_loss(forward, target, batch, masking, 0).loss / config.accumulate)
         optimiser.step()
         optimiser.zero_grad()
         if cuda:

@@ -1,19 +1,19 @@
 """Masked pretraining: the loop, from top to bottom, and what it is told."""
 
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Literal, Protocol, get_args, runtime_checkable
 
 import torch
 from lightning_fabric import Fabric
 from timm.layers.attention import Attention
+from timm.utils.model_ema import ModelEmaV3
 from torch import Tensor, nn
 
 from clustermim.data.loaders import Batch, Loader
-from clustermim.data.masks import hidden_count, random_masks
-from clustermim.errors import InputError
-from clustermim.mim.model import MaskedImageModel
+from clustermim.data.masks import block_masks, hidden_count, part_of_masks, random_masks
+from clustermim.errors import InputError, nearest
+from clustermim.mim.contract import MaskedModel
 from clustermim.mim.targets import Target, TargetLoss
 from clustermim.runs import RunDirectory
 from clustermim.training.checkpoints import Checkpoints, Due, Interval
@@ -22,6 +22,8 @@ from clustermim.training.ledger import Ledger, check_weights
 from clustermim.training.optimiser import cosine_with_warmup, make_adamw, scaled_lr, set_learning_rate
 from clustermim.training.progress import TrainingProgress
 from clustermim.training.resuming import raise_stopped, restore, snapshot, unsynchronised
+
+MaskKind = Literal["random", "block"]
 
 _ADVICE = "The last good checkpoint is kept. Lower --lr, set --clip-grad 1, or use --precision 32-true."
 
@@ -40,6 +42,10 @@ class PretrainConfig:
         Learning rate for 256 images a step; see `scaled_lr`.
     mask_ratio
         Share of the patches to hide.
+    mask_kind
+        `random` (MAE) or `block` (BEiT).
+    predict_ratio
+        Share of the hidden patches to predict in each step.
     weight_decay
         Of the matrices; biases, norms, tokens and positions have none.
     warmup
@@ -56,12 +62,16 @@ class PretrainConfig:
         Steps or seconds between two checkpoints.
     compile
         Compile the model with `torch.compile`.
+    ema
+        Decay of a running mean of the encoder's weights, or None for none. It warms up, so short runs have a use of it.
     """
 
     epochs: int
     batch_size: int
     base_lr: float
     mask_ratio: float = 0.75
+    mask_kind: MaskKind = "random"
+    predict_ratio: float = 1.0
     weight_decay: float = 0.05
     warmup: float = 0.1
     clip_grad: float | None = None
@@ -70,6 +80,7 @@ class PretrainConfig:
     log_every: int = 20
     checkpoint_every: Interval = Interval(steps=500)  # noqa: RUF009 - frozen
     compile: bool = False
+    ema: float | None = None
 
     def __post_init__(self) -> None:
         """Refuse numbers that cannot be meant."""
@@ -80,6 +91,16 @@ class PretrainConfig:
             raise InputError(f"--warmup {self.warmup} is a share of the training: at least 0 and below 1.")
         if not self.base_lr > 0.0 or self.weight_decay < 0.0 or (self.clip_grad is not None and self.clip_grad <= 0.0):
             raise InputError("--lr and --clip-grad must be above 0, and --weight-decay must not be negative.")
+        if self.mask_kind not in get_args(MaskKind):
+            raise InputError(
+                f"There is no --mask-kind {self.mask_kind!r}.{nearest(self.mask_kind, get_args(MaskKind))}"
+            )
+        if not 0.0 < self.predict_ratio <= 1.0:
+            raise InputError(
+                f"--predict-ratio {self.predict_ratio} is a share of the hidden patches: above 0, at most 1."
+            )
+        if self.ema is not None and not 0.0 < self.ema < 1.0:
+            raise InputError(f"--ema {self.ema} is the decay of a running mean: above 0 and below 1, such as 0.999.")
 
     def part_size(self, processes: int) -> int:
         """Images that one process computes at a time.
@@ -101,29 +122,66 @@ class PretrainConfig:
 
 @runtime_checkable
 class Forward(Protocol):
-    """A `MaskedImageModel`, bare or wrapped for its device."""
+    """A `MaskedModel`, bare or wrapped for its device."""
 
-    def __call__(self, images: Tensor, mask: Tensor, hidden: int | None = None) -> Tensor:
-        """Predictions for the hidden patches."""
+    def __call__(
+        self,
+        images: Tensor,
+        mask: Tensor,
+        hidden: int | None = None,
+        asked: Tensor | None = None,
+        count: int | None = None,
+    ) -> Tensor:
+        """Predictions for the patches asked for."""
 
 
-Masks = Callable[[int, Tensor], Tensor]
+@dataclass(frozen=True)
+class Masking:
+    """What training hides of an image, and what it asks for: both functions of (seed, epoch, index).
+
+    Attributes
+    ----------
+    config
+        Seed, ratios and kind.
+    grid
+        Patches down and across.
+    """
+
+    config: PretrainConfig
+    grid: tuple[int, int]
+
+    @property
+    def hidden(self) -> int:
+        """Patches hidden of each image."""
+        return hidden_count(self.grid[0] * self.grid[1], self.config.mask_ratio)
+
+    @property
+    def asked(self) -> int:
+        """Hidden patches of each image that are predicted."""
+        return max(1, round(self.hidden * self.config.predict_ratio))
+
+    def draw(self, epoch: int, index: Tensor) -> tuple[Tensor, Tensor]:
+        """(B, N) each: True where a patch is hidden, and True where it is asked for."""
+        config, (rows, columns) = self.config, self.grid
+        if config.mask_kind == "block":
+            mask = block_masks(config.seed, epoch, index, self.grid, config.mask_ratio)
+        else:
+            mask = random_masks(config.seed, epoch, index, rows * columns, config.mask_ratio)
+        if self.asked == self.hidden:
+            return mask, mask
+        return mask, part_of_masks(config.seed, epoch, index, mask, self.asked)
 
 
-def make_masks(config: PretrainConfig, num_patches: int) -> Masks:
-    """The function (epoch, index of the images) -> mask that training draws from."""
-    return lambda epoch, index: random_masks(config.seed, epoch, index, num_patches, config.mask_ratio)
-
-
-def masked_loss(forward: Forward, target: Target, batch: Batch, mask: Tensor, hidden: int) -> TargetLoss:
-    """The loss of one batch under one mask: the whole of masked image modelling."""
-    predictions = forward(batch.images, mask, hidden)
-    return target(predictions, batch.images, mask, index=batch.index, labels=batch.labels)  # type: ignore[no-any-return]
+def masked_loss(forward: Forward, target: Target, batch: Batch, masking: Masking, epoch: int) -> TargetLoss:
+    """The loss of one batch in one epoch: the whole of masked image modelling."""
+    mask, asked = masking.draw(epoch, batch.index)
+    predictions = forward(batch.images, mask, masking.hidden, None if asked is mask else asked, masking.asked)
+    return target(predictions, batch.images, asked, index=batch.index, labels=batch.labels)  # type: ignore[no-any-return]
 
 
 def train(
     fabric: Fabric,
-    model: MaskedImageModel,
+    model: MaskedModel,
     target: Target,
     loader: Loader,
     config: PretrainConfig,
@@ -153,7 +211,7 @@ def train(
     Returns
     -------
     dict
-        The last row of metrics.
+        The last row of metrics. Where `config.ema` is set, the encoder of `model` ends as its running mean.
 
     Raises
     ------
@@ -165,13 +223,14 @@ def train(
     steps = len(loader) // config.accumulate
     total = steps * config.epochs
     peak, warmup = scaled_lr(config.base_lr, config.batch_size), round(config.warmup * total)
-    hidden, masks = hidden_count(model.num_patches, config.mask_ratio), make_masks(config, model.num_patches)
+    masking = Masking(config, model.grid)
     choose_attention(model, fabric)
     optimiser: Any = make_adamw(model, lr=peak, weight_decay=config.weight_decay)
     forward, optimiser = fabric.setup(compiled(model) if config.compile else model, optimiser)
     fabric.to_device(target)
     ledger = Ledger(fabric, _ADVICE)
-    done, seconds, row = restore(checkpoints, model, optimiser, ledger, run)
+    mean = running_mean(model, config.ema)
+    done, seconds, row = restore(checkpoints, model, optimiser, ledger, run, mean)
     saving = Due(config.checkpoint_every, done)
     began = marked = time.monotonic()
     marked_at = done
@@ -187,13 +246,15 @@ def train(
                 for part in range(config.accumulate):
                     batch = next(parts)
                     with unsynchronised(fabric, forward, part < config.accumulate - 1):
-                        loss, figures = masked_loss(forward, target, batch, masks(epoch, batch.index), hidden)
+                        loss, figures = masked_loss(forward, target, batch, masking, epoch)
                         fabric.backward(loss / config.accumulate)
                     ledger.add(step + 1, {"loss": loss, **figures})
                 if config.clip_grad is not None:
                     fabric.clip_gradients(forward, optimiser, max_norm=config.clip_grad, error_if_nonfinite=False)
                 optimiser.step()
                 optimiser.zero_grad()
+                if mean is not None:
+                    mean.update(model.encoder, step=step)
                 done = step + 1
 
                 log = done % config.log_every == 0 or done == total
@@ -216,10 +277,17 @@ def train(
                     saving.reset(done)
                     if run is not None:
                         spent = seconds + time.monotonic() - began
-                        checkpoints.save(done, snapshot(model, optimiser, ledger, spent, row))
+                        checkpoints.save(done, snapshot(model, optimiser, ledger, spent, row, mean))
                 if stopping and done < total:
                     raise_stopped(stop, done, total, "Pretraining")
+    if mean is not None:
+        model.encoder.load_state_dict(mean.module.state_dict())
     return row
+
+
+def running_mean(model: MaskedModel, decay: float | None) -> ModelEmaV3 | None:
+    """A running mean of the encoder's weights, starting from where they are."""
+    return None if decay is None else ModelEmaV3(model.encoder, decay=decay, use_warmup=True)
 
 
 def compiled(model: nn.Module) -> nn.Module:

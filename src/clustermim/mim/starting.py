@@ -9,7 +9,7 @@ from torch import Tensor
 from clustermim.encoders.keymaps import to_timm
 from clustermim.encoders.weights import load_exactly, read_weights
 from clustermim.errors import InputError
-from clustermim.mim.model import MaskedImageModel
+from clustermim.mim.contract import MaskedModel
 from clustermim.runs import atomic_save
 
 ENCODER_FILE = "encoder.safetensors"
@@ -19,7 +19,7 @@ MODEL_FILE = "model.safetensors"
 """Encoder and decoder, under the keys of the MAE layout."""
 
 
-def continue_from(model: MaskedImageModel, spec: str | Path) -> None:
+def continue_from(model: MaskedModel, spec: str | Path) -> None:
     """Give the encoder of `model` the weights of another, positions included; the decoder starts afresh.
 
     Parameters
@@ -63,7 +63,7 @@ def _from_hub(name: str) -> dict[str, Tensor]:
     return state
 
 
-def save_weights(model: MaskedImageModel, folder: Path) -> None:
+def save_weights(model: MaskedModel, folder: Path) -> None:
     """Write the encoder for timm and the whole model in the MAE layout into `folder`, each whole or not at all."""
     for name, state in ((ENCODER_FILE, model.encoder.state_dict()), (MODEL_FILE, model.mae_state())):
         tensors = {key: value.detach().cpu().contiguous() for key, value in state.items()}

@@ -4,6 +4,7 @@ A target says how many numbers the model predicts for a patch (`output_dim`) and
 the same augmented view as the model, and works in 32 bits whatever precision the model runs in.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -14,8 +15,8 @@ from jaxtyping import Bool, Float, Int64
 from torch import Tensor, nn
 
 from clustermim.errors import InputError, nearest
-from clustermim.features.patches import patchify
-from clustermim.mim.model import normalise, split_mask, take_rows
+from clustermim.features.patches import PatchFeatures, patchify
+from clustermim.mim.selecting import channel_table, normalise, split_mask, take_rows
 from clustermim.tokenizers.tokenizer import Tokenizer
 
 
@@ -77,17 +78,42 @@ class TokenTarget(Target):
         Gives each patch its token; it is not trained.
     label_smoothing
         Share of the probability that is spread over all tokens.
+    soft
+        Where above 0, the target is not one token but softmax(−distance / (soft · s)) over all of them, with s the mean
+        distance of a centroid to its nearest other: patches between two centroids are called a bit of both.
+    weights
+        (K,) weight of each (hard) token in the loss; None weighs all alike.
+
+    Raises
+    ------
+    InputError
+        A number that cannot be meant, or soft targets of a tokenizer without centroids.
     """
 
-    def __init__(self, tokenizer: Tokenizer, label_smoothing: float = 0.0) -> None:
+    weights: Tensor | None
+
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        label_smoothing: float = 0.0,
+        soft: float = 0.0,
+        weights: Float[Tensor, " k"] | None = None,
+    ) -> None:
         super().__init__()
         if not 0.0 <= label_smoothing < 1.0:
             raise InputError(f"--label-smoothing {label_smoothing} must be at least 0 and below 1.")
+        if not 0.0 <= soft < math.inf:
+            raise InputError(f"--soft-targets {soft} is a temperature: 0 for hard targets, or above.")
+        if weights is not None and weights.shape != (tokenizer.vocab_size,):
+            raise InputError(f"There are {len(weights)} token weights for a vocabulary of {tokenizer.vocab_size}.")
         self.tokenizer = tokenizer.requires_grad_(False).eval()
         self.output_dim = int(tokenizer.vocab_size)
         self.requires = frozenset(tokenizer.requires)
         self.base_lr = 1e-3
-        self.label_smoothing = label_smoothing
+        self.label_smoothing, self.temperature = label_smoothing, 0.0
+        if soft:
+            self.temperature = soft * _spacing(tokenizer)
+        self.register_buffer("weights", weights, persistent=False)
 
     def forward(
         self,
@@ -99,15 +125,48 @@ class TokenTarget(Target):
         labels: Int64[Tensor, "b"] | None = None,
     ) -> TargetLoss:
         """See `Target.forward`; `accuracy` is the share of hidden patches whose token is predicted."""
-        with torch.no_grad():
-            ids = self.tokenizer.encode(images, index=index, labels=labels)
-            _, hidden = split_mask(mask, predictions.shape[1])
-            wanted = ids.gather(1, hidden).flatten()
         logits = predictions.float().flatten(0, 1)
-        loss = F.cross_entropy(logits, wanted, label_smoothing=self.label_smoothing)
+        with torch.no_grad():
+            _, hidden = split_mask(mask, predictions.shape[1])
+            goal: Tensor
+            if self.temperature:
+                goal = self._soft(images, hidden)
+                wanted = goal.argmax(dim=1)
+            else:
+                ids = self.tokenizer.encode(images, index=index, labels=labels)
+                goal = wanted = ids.gather(1, hidden).flatten()
+        if self.weights is None:
+            loss = F.cross_entropy(logits, goal, label_smoothing=self.label_smoothing)
+        else:
+            each = F.cross_entropy(logits, goal, label_smoothing=self.label_smoothing, reduction="none")
+            loss = (each * self.weights[wanted]).mean()
         with torch.no_grad():
             accuracy = (logits.argmax(dim=1) == wanted).float().mean()
         return TargetLoss(loss, {"accuracy": accuracy})
+
+    def _soft(self, images: Tensor, hidden: Tensor) -> Float[Tensor, "patches k"]:
+        """The distribution over tokens for each hidden patch; its mode is the hard token."""
+        codebook, features = self.tokenizer.codebook, self.tokenizer.features
+        assert codebook is not None and features is not None  # _spacing has checked it
+        self.tokenizer.check_images(images)
+        with torch.autocast(images.device.type, enabled=False):
+            distances = codebook.distances(take_rows(features(images.float()), hidden).flatten(0, 1))
+        return F.softmax(-distances / self.temperature, dim=1)
+
+
+def _spacing(tokenizer: Tokenizer) -> float:
+    """Mean distance, in the codebook's metric, of a centroid to its nearest other one."""
+    if tokenizer.codebook is None or tokenizer.features is None:
+        raise InputError(
+            f"--soft-targets needs distances to centroids, and tokens of kind {tokenizer.kind!r} have none. "
+            "Leave it out, or use K-means tokens."
+        )
+    codebook = tokenizer.codebook
+    nearest_other = [
+        codebook.distances(block).topk(2, dim=1, largest=False).values[:, 1]
+        for block in torch.split(codebook.centroids, 1024)
+    ]
+    return max(float(torch.cat(nearest_other).double().mean()), 1e-12)
 
 
 class PixelTarget(Target):
@@ -136,8 +195,8 @@ class PixelTarget(Target):
                 "--norm-pix needs patches of two values or more: one pixel of one channel has no variance. "
                 "Use --no-norm-pix or a larger --patch-size."
             )
-        self.register_buffer("mean", torch.tensor(mean, dtype=torch.float32), persistent=False)
-        self.register_buffer("std", torch.tensor(std, dtype=torch.float32), persistent=False)
+        self.register_buffer("mean", channel_table(mean), persistent=False)
+        self.register_buffer("std", channel_table(std), persistent=False)
 
     def forward(
         self,
@@ -159,6 +218,54 @@ class PixelTarget(Target):
         return TargetLoss(F.mse_loss(predictions.float(), pixels), {})
 
 
+class FeatureTarget(Target):
+    """Mean squared error on a description of the hidden patches that is not trained.
+
+    With `hog` this is MaskFeat (Wei et al. 2022, "Masked Feature Prediction"), with a backbone it is distillation.
+
+    Parameters
+    ----------
+    features
+        Images to (B, N, D).
+    standardise
+        Bring each patch's description to mean 0 and variance 1 over its D numbers first, so that no backbone's scale
+        decides the loss. None does so for everything but `hog`, which is normalised by itself.
+
+    Raises
+    ------
+    InputError
+        Descriptions of one number cannot be standardised.
+    """
+
+    def __init__(self, features: PatchFeatures, standardise: bool | None = None) -> None:
+        super().__init__()
+        self.features = features.requires_grad_(False).eval()
+        self.standardise = not features.spec.startswith("hog") if standardise is None else standardise
+        self.output_dim = features.dim
+        self.base_lr = 1.5e-4
+        if self.standardise and features.dim < 2:
+            raise InputError(
+                f"Features `{features.spec}` are one number a patch, which has no variance: use --no-feature-norm."
+            )
+
+    def forward(
+        self,
+        predictions: Float[Tensor, "b hidden out"],
+        images: Float[Tensor, "b c h w"],
+        mask: Bool[Tensor, "b n"],
+        *,
+        index: Int64[Tensor, "b"] | None = None,
+        labels: Int64[Tensor, "b"] | None = None,
+    ) -> TargetLoss:
+        """See `Target.forward`."""
+        with torch.no_grad(), torch.autocast(images.device.type, enabled=False):
+            _, hidden = split_mask(mask, predictions.shape[1])
+            wanted = take_rows(self.features(images.float()).float(), hidden)
+            if self.standardise:
+                wanted = F.layer_norm(wanted, wanted.shape[-1:], eps=1e-6)
+        return TargetLoss(F.mse_loss(predictions.float(), wanted), {})
+
+
 @dataclass(frozen=True, kw_only=True)
 class TargetOptions:
     """What targets are made from; each takes what it knows.
@@ -169,10 +276,12 @@ class TargetOptions:
         Of the patches and the images.
     tokenizer
         For `token`.
-    label_smoothing
+    label_smoothing, soft, token_weights
         For `token`.
     norm_pix
         For `pixel`.
+    features, feature_norm
+        For `feature`.
     """
 
     patch_size: int
@@ -180,7 +289,11 @@ class TargetOptions:
     std: tuple[float, ...]
     tokenizer: Tokenizer | None = None
     label_smoothing: float = 0.0
+    soft: float = 0.0
+    token_weights: Float[Tensor, " k"] | None = None
     norm_pix: bool = True
+    features: PatchFeatures | None = None
+    feature_norm: bool | None = None
 
 
 def _token(options: TargetOptions) -> Target:
@@ -188,14 +301,22 @@ def _token(options: TargetOptions) -> Target:
         raise InputError(
             "--target token needs --tokenizer DIR. Make one with `clustermim tokenizer fit`, or use --target pixel."
         )
-    return TokenTarget(options.tokenizer, options.label_smoothing)
+    return TokenTarget(options.tokenizer, options.label_smoothing, options.soft, options.token_weights)
 
 
 def _pixel(options: TargetOptions) -> Target:
     return PixelTarget(options.patch_size, options.mean, options.std, options.norm_pix)
 
 
-TARGETS: dict[str, Callable[[TargetOptions], Target]] = {"token": _token, "pixel": _pixel}
+def _feature(options: TargetOptions) -> Target:
+    if options.features is None:
+        raise InputError(
+            "--target feature needs --features SPEC: `hog` (MaskFeat), or `backbone:<timm name>@<file>` to distil it."
+        )
+    return FeatureTarget(options.features, options.feature_norm)
+
+
+TARGETS: dict[str, Callable[[TargetOptions], Target]] = {"token": _token, "pixel": _pixel, "feature": _feature}
 """What can be predicted; a new target is a class, a maker and a line here."""
 
 

@@ -4,6 +4,7 @@ import contextlib
 from typing import Any
 
 from lightning_fabric import Fabric
+from timm.utils.model_ema import ModelEmaV3
 from torch import nn
 
 from clustermim.errors import Stopped
@@ -13,19 +14,35 @@ from clustermim.training.launch import StopRequest
 from clustermim.training.ledger import Ledger
 
 
-def snapshot(model: nn.Module, optimiser: Any, ledger: Ledger, seconds: float, row: dict[str, Any]) -> dict[str, Any]:
-    """All that a continued run needs; order, views and masks are functions of the step, so no generator is saved."""
+def snapshot(
+    model: nn.Module,
+    optimiser: Any,
+    ledger: Ledger,
+    seconds: float,
+    row: dict[str, Any],
+    mean: ModelEmaV3 | None = None,
+) -> dict[str, Any]:
+    """All that a continued run needs; order, views and masks are functions of the step, so no generator is saved.
+
+    `mean` is a running mean of weights, where one is kept.
+    """
     return {
         "model": model.state_dict(),
         "optimiser": optimiser.state_dict(),
         "ledger": ledger.state(),
+        "ema": None if mean is None else mean.module.state_dict(),
         "seconds": seconds,
         "row": row,
     }
 
 
 def restore(
-    checkpoints: Checkpoints, model: nn.Module, optimiser: Any, ledger: Ledger, run: RunDirectory | None
+    checkpoints: Checkpoints,
+    model: nn.Module,
+    optimiser: Any,
+    ledger: Ledger,
+    run: RunDirectory | None,
+    mean: ModelEmaV3 | None = None,
 ) -> tuple[int, float, dict[str, Any]]:
     """Load the latest checkpoint; returns the steps done, the seconds spent and the last row of metrics."""
     found = checkpoints.load_latest()
@@ -35,6 +52,8 @@ def restore(
         model.load_state_dict(state["model"])
         optimiser.load_state_dict(state["optimiser"])
         ledger.restore(state["ledger"])
+        if mean is not None:
+            mean.module.load_state_dict(state["ema"])
         seconds, row = state["seconds"], state["row"]
     if run is not None and run.resuming:
         run.truncate_metrics(done)

@@ -1,75 +1,43 @@
 """`clustermim pretrain`: learn an encoder by predicting something of the hidden patches of images."""
 
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
 
 from cyclopts import Parameter
-from lightning_fabric import Fabric
 from rich.console import Console
-from rich.table import Table
 
-from clustermim.data.loaders import Loader, make_loader
 from clustermim.data.masks import hidden_count
 from clustermim.data.options import DEFAULTS, DataOptions
-from clustermim.data.sources import ImageSource, open_source, require_labels
-from clustermim.data.views import ViewConfig
+from clustermim.data.sources import open_source, require_labels
 from clustermim.errors import InputError
+from clustermim.mim.building import EncoderKind, build_model
 from clustermim.mim.estimate import estimate
-from clustermim.mim.model import MaskedImageModel, build_model
-from clustermim.mim.pretraining import PretrainConfig, train
-from clustermim.mim.starting import ENCODER_FILE, continue_from, save_weights
-from clustermim.mim.targets import TARGETS, Target, TargetOptions, make_target
+from clustermim.mim.model import DecoderKind
+from clustermim.mim.pretraining import MaskKind, PretrainConfig
+from clustermim.mim.starting import continue_from
+from clustermim.mim.targets import TargetOptions, make_target
 from clustermim.runs import RunDirectory
-from clustermim.tokenizers.tokenizer import Tokenizer, load_tokenizer
-from clustermim.training.checkpoints import Checkpoints, parse_interval
-from clustermim.training.launch import Device, Precision, enter_on_first, listen_for_stop, make_fabric, memory_advice
-from clustermim.training.progress import duration
+from clustermim.tokenizers.tokenizer import load_tokenizer
+from clustermim.training.checkpoints import parse_interval
+from clustermim.training.launch import Device, Precision, make_fabric, memory_advice
+from clustermim.verbs.pretrain_run import (
+    PretrainResult,
+    carry_out,
+    check_batch,
+    settle_patch_size,
+    training_loader,
+)
+from clustermim.verbs.pretrain_targets import (
+    TokenWeights,
+    check_target_options,
+    features_fingerprint,
+    target_features,
+    weigh_by_frequency,
+)
 
 KIND = "pretrain"
 _VOLATILE = ("device", "devices", "workers", "resident", "compile", "accumulate", "checkpoint_every", "log_every")
-
-
-@dataclass(frozen=True, kw_only=True)
-class PretrainResult:
-    """What a pretraining left behind, or, of a dry run, what it would take.
-
-    Attributes
-    ----------
-    out
-        The run directory; None for a dry run. `open_encoder(out)` and timm open it.
-    model
-        ``{"name", "kwargs"}`` for ``timm.create_model``.
-    figures
-        The last row of metrics (step, epoch, images, loss, ...), or the estimate.
-    """
-
-    out: Path | None
-    model: dict[str, Any]
-    figures: dict[str, Any]
-
-    def rows(self) -> list[dict[str, Any]]:
-        """One flat record."""
-        return [{"run": None if self.out is None else str(self.out), "model": self.model["name"], **self.figures}]
-
-    def __rich__(self) -> Table:
-        """A table of two columns for the terminal."""
-        title = "Dry run: nothing was written" if self.out is None else f"Pretrained encoder: {self.out / ENCODER_FILE}"
-        table = Table(title=title, show_header=False, title_justify="left")
-        for key, value in self.figures.items():
-            table.add_row(key.replace("_", " "), _shown(key, value))
-        return table
-
-
-def _shown(key: str, value: Any) -> str:
-    if key == "seconds":
-        return duration(float(value))
-    if key == "memory_bytes":
-        return f"{value / 2**20:,.0f} MiB"
-    if isinstance(value, float):
-        return f"{value:.4g}" if abs(value) < 100 else f"{value:,.0f}"
-    return f"{value:,}" if isinstance(value, int) else str(value)
 
 
 def pretrain(
@@ -84,16 +52,25 @@ def pretrain(
     batch_size: int = 256,
     lr: float | None = None,
     mask_ratio: float = 0.75,
+    mask_kind: MaskKind = "random",
+    predict_ratio: float = 1.0,
     norm_pix: bool = True,
     label_smoothing: float = 0.0,
+    soft_targets: float = 0.0,
+    token_weights: TokenWeights = "equal",
+    features: Annotated[Any, Parameter()] = None,
+    feature_norm: bool | None = None,
     weight_decay: float = 0.05,
     warmup: float = 0.1,
     clip_grad: float | None = None,
     accumulate: int = 1,
+    encoder: EncoderKind = "visible",
+    decoder: DecoderKind = "self",
     decoder_dim: int | None = None,
     decoder_depth: int | None = None,
     decoder_heads: int | None = None,
     init: str | Path | None = None,
+    ema: float | None = None,
     precision: Precision = "auto",
     device: Device = "auto",
     devices: int = 1,
@@ -111,7 +88,8 @@ def pretrain(
     """Pretrain a ViT by masked image modelling.
 
     Most patches of an image are hidden; the encoder sees the others, and a light decoder predicts something of the
-    hidden ones: their tokens (ClusterMIM) or their pixels (MAE). OUT/encoder.safetensors is a plain timm ViT.
+    hidden ones: their tokens (ClusterMIM), their pixels (MAE), or a description (MaskFeat, distillation).
+    OUT/encoder.safetensors is a plain timm ViT. With --encoder full --mask-kind block it is BEiT's way.
 
     Parameters
     ----------
@@ -120,7 +98,7 @@ def pretrain(
     out
         Run directory to make.
     target
-        What to predict of hidden patches: `token` (needs --tokenizer) or `pixel`.
+        What to predict of hidden patches: `token` (needs --tokenizer), `pixel`, or `feature` (needs --features).
     tokenizer
         Folder that `clustermim tokenizer fit` made, for --target token.
     model
@@ -132,14 +110,26 @@ def pretrain(
     batch_size
         Images a step, over all devices and accumulated parts together.
     lr
-        Learning rate for 256 images a step: lr × batch-size / 256 is used. Default: 1e-3 for tokens, 1.5e-4 for
-        pixels.
+        Learning rate for 256 images a step: lr × batch-size / 256 is used. Default: 1e-3 for tokens, 1.5e-4 else.
     mask_ratio
         Share of the patches to hide.
+    mask_kind
+        `random` patches (MAE), or rectangular `block`s of them (BEiT).
+    predict_ratio
+        Share of the hidden patches to predict in each step, others each epoch; needs --decoder cross where below 1.
     norm_pix
         For --target pixel: bring each target patch to mean 0, variance 1.
     label_smoothing
         For --target token: share of the probability that is spread over all tokens.
+    soft_targets
+        For --target token: 0 predicts the nearest centroid's id; above, a softmax over distances to centroids of this
+        temperature, in units of the mean distance of neighbouring centroids.
+    token_weights
+        For --target token: `equal`, or `inverse-sqrt`: weight 1/√frequency, counted in one pass before training.
+    features
+        For --target feature: `hog` (MaskFeat), `backbone:<timm name>[@file]` (distillation), or any of tokenizer fit's.
+    feature_norm
+        For --target feature: bring each patch's description to mean 0, variance 1. Default: all but `hog`.
     weight_decay
         Of the weight matrices.
     warmup
@@ -148,6 +138,11 @@ def pretrain(
         Largest norm of the gradient; default: no limit.
     accumulate
         Compute each step in so many parts, to save memory; the result is the same.
+    encoder
+        `visible`: it sees visible patches only. `full`: it sees mask tokens too, and a linear head predicts (BEiT).
+    decoder
+        `self`: mask tokens and visible patches attend to each other (MAE). `cross`: each mask token attends to visible
+        patches only (CrossMAE).
     decoder_dim
         Width of the decoder; default: what goes with the model, as for the next two.
     decoder_depth
@@ -156,6 +151,8 @@ def pretrain(
         Attention heads of the decoder.
     init
         Continue from the encoder of this run directory, weights file or `timm:<name>[@file]`.
+    ema
+        Keep a running mean of the encoder's weights with this decay (such as 0.999), and leave it as the encoder.
     precision
         `32-true`, `bf16-mixed`, or `auto`: bf16-mixed on CUDA, else 32-true.
     device
@@ -198,12 +195,27 @@ def pretrain(
         On SIGTERM, SIGUSR1 or at `max_minutes`, after a checkpoint.
     """
     fabric = make_fabric(device, devices, precision)
-    if target not in TARGETS or (target == "token" and tokenizer is None):
-        make_target(target, TargetOptions(patch_size=1, mean=(), std=()))  # raises, before any data is opened
+    check_target_options(
+        target,
+        token={
+            "tokenizer": tokenizer,
+            "label_smoothing": label_smoothing or None,
+            "soft_targets": soft_targets or None,
+            "token_weights": None if token_weights == "equal" else token_weights,
+        },
+        pixel={"norm_pix": None if norm_pix else norm_pix},
+        feature={"features": features, "feature_norm": feature_norm},
+    )
+    if predict_ratio < 1.0 and decoder != "cross":
+        raise InputError(
+            f"--predict-ratio {predict_ratio} needs --decoder cross: elsewhere mask tokens see each other, so "
+            "leaving some out changes what is predicted of the rest."
+        )
     tokens = load_tokenizer(tokenizer) if target == "token" and tokenizer is not None else None
     source = open_source(data, options if tokens is None else tokens.fill_options(options))
     view = source.view
-    side = _patch_size(patch_size, tokens, view)
+    side = settle_patch_size(patch_size, tokens, view)
+    described = None if target != "feature" else target_features(features, side, view)
     wanted = make_target(
         target,
         TargetOptions(
@@ -212,7 +224,10 @@ def pretrain(
             std=view.std,
             tokenizer=tokens,
             label_smoothing=label_smoothing,
+            soft=soft_targets,
             norm_pix=norm_pix,
+            features=described,
+            feature_norm=feature_norm,
         ),
     )
     if "labels" in wanted.requires:
@@ -222,6 +237,8 @@ def pretrain(
         batch_size=batch_size,
         base_lr=wanted.base_lr if lr is None else lr,
         mask_ratio=mask_ratio,
+        mask_kind=mask_kind,
+        predict_ratio=predict_ratio,
         weight_decay=weight_decay,
         warmup=warmup,
         clip_grad=clip_grad,
@@ -230,6 +247,7 @@ def pretrain(
         log_every=log_every,
         checkpoint_every=parse_interval(checkpoint_every),
         compile=compile,
+        ema=ema,
     )
     built, recipe = build_model(
         model,
@@ -240,6 +258,8 @@ def pretrain(
         mean=view.mean,
         std=view.std,
         seed=seed,
+        encoder=encoder,
+        decoder=decoder,
         decoder_dim=decoder_dim,
         decoder_depth=decoder_depth,
         decoder_heads=decoder_heads,
@@ -247,7 +267,7 @@ def pretrain(
     if init is not None:
         continue_from(built, init)
     hidden_count(built.num_patches, mask_ratio)
-    _check_batch(source, config, fabric.world_size)
+    check_batch(source, config, fabric.world_size)
 
     settings = {
         "data": str(data) if isinstance(data, str | Path) else source.name,
@@ -259,8 +279,17 @@ def pretrain(
         "batch_size": batch_size,
         "lr": config.base_lr,
         "mask_ratio": mask_ratio,
+        "mask_kind": mask_kind,
+        "predict_ratio": predict_ratio,
         "norm_pix": norm_pix,
         "label_smoothing": label_smoothing,
+        "soft_targets": soft_targets,
+        "token_weights": token_weights,
+        "features": None if described is None else described.spec,
+        "feature_norm": feature_norm,
+        "encoder": encoder,
+        "decoder": decoder,
+        "ema": ema,
         "weight_decay": weight_decay,
         "warmup": warmup,
         "clip_grad": clip_grad,
@@ -293,108 +322,21 @@ def pretrain(
         "tokenizer": str(tokenizer) if isinstance(tokenizer, str | Path) else None,
         "tokenizer_fingerprint": None if tokens is None else tokens.fingerprint(),
         "norm_pix": norm_pix if target == "pixel" else None,
+        "features_fingerprint": None if described is None else features_fingerprint(described),
+        "architecture": {"encoder": encoder, "decoder": decoder if encoder == "visible" else None},
+        "ema": ema,
     }
     fabric.launch()
     if message := source.skipped_message() if fabric.is_global_zero else None:
         Console(stderr=True).print(message, markup=False, highlight=False)
     with memory_advice(batch_size):
+        if token_weights == "inverse-sqrt":
+            weigh_by_frequency(wanted, source, view, fabric, batch_size, workers)
         if dry_run:
-            figures = estimate(fabric, built, wanted, _loader(source, view, config, fabric, workers, resident), config)
+            figures = estimate(
+                fabric, built, wanted, training_loader(source, view, config, fabric, workers, resident), config
+            )
             return PretrainResult(out=None, model=recipe, figures=figures)
         plain = {key: value for key, value in settings.items() if value is not None}
         run = RunDirectory(out, KIND, plain, resume=resume, volatile=_VOLATILE)
-        return _run(fabric, built, wanted, (source, view), config, run, facts, (workers, resident, max_minutes))
-
-
-def _run(
-    fabric: Fabric,
-    model: MaskedImageModel,
-    target: Target,
-    images: tuple[ImageSource, ViewConfig],
-    config: PretrainConfig,
-    run: RunDirectory,
-    facts: Mapping[str, Any],
-    limits: tuple[int | None, bool | None, float | None],
-) -> PretrainResult:
-    """Train inside the run directory, then write what is to be kept."""
-    workers, resident, max_minutes = limits
-    with enter_on_first(fabric, run) as held, listen_for_stop(max_minutes) as stop:
-        if fabric.broadcast(run.finished):
-            return PretrainResult(out=run.path, model=facts["model"], figures=run.manifest.get("result", {}))
-        if held is not None:
-            _check_same_inputs(held, facts)
-            held.write_manifest(facts)
-        checkpoints = Checkpoints(run.path / "checkpoints", warn=_warn if held is not None else lambda message: None)
-        loader = _loader(*images, config, fabric, workers, resident)
-        row = train(fabric, model, target, loader, config, held, checkpoints, stop)
-        if held is not None:
-            save_weights(model, run.path)
-            held.finish({"result": row})
-        fabric.barrier()
-    return PretrainResult(out=run.path, model=facts["model"], figures=row)
-
-
-def _patch_size(asked: int | None, tokenizer: Tokenizer | None, view: ViewConfig) -> int:
-    """The patch side: the tokenizer's, or what was asked for; checked against the image."""
-    if tokenizer is not None:
-        tokenizer.check_matches(view, asked)
-        asked = tokenizer.patch_size
-    if asked is None:
-        height, width = view.image_size
-        sides = [p for p in range(1, min(height, width)) if height % p == 0 and width % p == 0]
-        raise InputError(
-            f"--patch-size is needed where there is no tokenizer to take it from. For images of {height}x{width} "
-            f"pixels it can be {', '.join(map(str, sides))}."
-        )
-    view.check_patch_size(asked)
-    return asked
-
-
-def _check_batch(source: ImageSource, config: PretrainConfig, processes: int) -> None:
-    """Refuse a batch that cannot be filled or divided."""
-    parts = processes * config.accumulate
-    config.part_size(processes)
-    if len(source) < config.batch_size:
-        fits = len(source) // parts * parts
-        advice = f"Use --batch-size {fits} or less" if fits else f"Use at most {len(source)} parts"
-        raise InputError(
-            f"{source.name} ({source.split}) has {len(source)} images, fewer than one step takes "
-            f"(--batch-size {config.batch_size}). {advice}."
-        )
-
-
-def _check_same_inputs(run: RunDirectory, facts: Mapping[str, Any]) -> None:
-    """A run may only be continued on the images and the tokenizer that it was started with."""
-    for key, what in (("data_fingerprint", "--data"), ("tokenizer_fingerprint", "--tokenizer")):
-        before = run.manifest.get(key, facts[key])
-        if before != facts[key]:
-            raise InputError(
-                f"--resume: {what} is not what {run.path} was started with: its contents have changed since. "
-                "Restore them, or choose another --out."
-            )
-
-
-def _loader(
-    source: ImageSource,
-    view: ViewConfig,
-    config: PretrainConfig,
-    fabric: Fabric,
-    workers: int | None,
-    resident: bool | None,
-) -> Loader:
-    return make_loader(
-        source,
-        view,
-        batch_size=config.part_size(fabric.world_size),
-        train=True,
-        seed=config.seed,
-        device=fabric.device,
-        workers=workers,
-        resident=resident,
-        rank=fabric.global_rank,
-        world_size=fabric.world_size,
-    )
-
-
-def _warn(message: str) -> None:
-    Console(stderr=True).print(f"Warning: {message}", markup=False, highlight=False)
+        return carry_out(fabric, built, wanted, (source, view), config, run, facts, (workers, resident, max_minutes))
