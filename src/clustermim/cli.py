@@ -10,8 +10,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
-from cyclopts import App, CycloptsError, CycloptsPanel, Parameter, UnknownOptionError
-from cyclopts.config import Yaml
+from cyclopts import App, ArgumentCollection, CycloptsError, CycloptsPanel, Parameter, UnknownOptionError
+from cyclopts.config import Dict, Yaml
 from rich.console import Console
 
 from clustermim import __version__
@@ -32,6 +32,21 @@ _TOKENIZER_VERBS = {
     "import": ("tokenizer_import:import_tokenizer", "Make a tokenizer of centroids that were clustered elsewhere."),
     "show": ("tokenizer_show:show_tokenizer", "Vocabulary and token maps as pictures."),
 }
+
+
+class _OptionsFile(Yaml):
+    """A flat file of options of whichever verb runs.
+
+    cyclopts drops the keys of a flat file that are names of commands, and `tokenizer` is a command and an option. Put
+    under the names of the command that runs, every key is an option.
+    """
+
+    def __call__(self, app: App, commands: tuple[str, ...], arguments: ArgumentCollection) -> None:
+        """Add the options to what the command line gave."""
+        options: Any = self.config
+        for name in reversed(commands):
+            options = {name: options}
+        Dict(options, source=self.source)(app, commands, arguments)
 
 
 def build_app() -> App:
@@ -64,7 +79,7 @@ def build_app() -> App:
         if config is not None:
             if not config.is_file():
                 raise InputError(f"--config {config}: there is no such file. Check the path.")
-            app.config = (Yaml(config, use_commands_as_keys=False),)
+            app.config = (_OptionsFile(config),)
         return app(tokens, exit_on_error=False, print_error=False, result_action="return_value")
 
     return app

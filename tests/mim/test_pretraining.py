@@ -226,7 +226,6 @@ def test_bad_numbers():
         {"clip_grad": -1.0},
         {"predict_ratio": 0.0},
         {"ema": 1.0},
-        {"mask_kind": "blok"},
     ):
         with pytest.raises(InputError):
             PretrainConfig(**{"epochs": 1, "batch_size": 8, "base_lr": 0.1} | changes)
