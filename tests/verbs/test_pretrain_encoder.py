@@ -165,7 +165,7 @@ def test_arrays_and_continuing_from_an_encoder(whole, tmp_path):
 MORE = [
     {"target": "token", "soft_targets": 0.5, "token_weights": "inverse-sqrt", "ema": 0.9},
     {"target": "token", "encoder": "full", "mask_kind": "block", "mask_ratio": 0.5},
-    {"target": "feature", "features": "pixel?standardise=true", "decoder": "cross", "predict_ratio": 0.5},
+    {"target": "feature", "features": "hog+pixel?whiten=true", "decoder": "cross", "predict_ratio": 0.5},
 ]
 
 

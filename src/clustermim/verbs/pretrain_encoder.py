@@ -215,7 +215,7 @@ def pretrain(
     source = open_source(data, options if tokens is None else tokens.fill_options(options))
     view = source.view
     side = settle_patch_size(patch_size, tokens, view)
-    described = None if target != "feature" else target_features(features, side, view)
+    described = None if target != "feature" else target_features(features, side, source, batch_size, workers)
     wanted = make_target(
         target,
         TargetOptions(
@@ -331,7 +331,7 @@ def pretrain(
         Console(stderr=True).print(message, markup=False, highlight=False)
     with memory_advice(batch_size):
         if token_weights == "inverse-sqrt":
-            weigh_by_frequency(wanted, source, view, fabric, batch_size, workers)
+            weigh_by_frequency(wanted, source, fabric, batch_size, workers)
         if dry_run:
             figures = estimate(
                 fabric, built, wanted, training_loader(source, view, config, fabric, workers, resident), config

@@ -10,7 +10,6 @@ from lightning_fabric import Fabric
 
 from clustermim.data.loaders import make_loader
 from clustermim.data.sources import ImageSource
-from clustermim.data.views import ViewConfig
 from clustermim.errors import InputError
 from clustermim.features.patches import PatchFeatures, make_features
 from clustermim.mim.frequencies import count_tokens, inverse_sqrt_weights
@@ -46,23 +45,29 @@ def check_target_options(target: str, **given: Mapping[str, Any]) -> None:
                 )
 
 
-def target_features(features: str | PatchFeatures, patch_size: int, view: ViewConfig) -> PatchFeatures:
-    """The description that --target feature predicts.
+def target_features(
+    features: str | PatchFeatures, patch_size: int, source: ImageSource, batch_size: int, workers: int | None
+) -> PatchFeatures:
+    """The description that --target feature predicts, fitted to the eval views of the source where it needs that.
 
     Raises
     ------
     InputError
         Unknown features, weights that cannot be had, or another patch size or channels.
     """
-    return make_features(features, patch_size=patch_size, view=view)
+    described = make_features(features, patch_size=patch_size, view=source.view)
+    if described.needs_fit:
+        loader = make_loader(source, source.view, batch_size=batch_size, train=False, workers=workers)
+        described.fit(lambda: (batch.images for batch in loader.epoch()))
+    return described
 
 
 def weigh_by_frequency(
-    target: Target, source: ImageSource, view: ViewConfig, fabric: Fabric, batch_size: int, workers: int | None
+    target: Target, source: ImageSource, fabric: Fabric, batch_size: int, workers: int | None
 ) -> None:
     """Count the tokens in one pass over the eval views, each process alone, and weigh the target's loss by them."""
     assert isinstance(target, TokenTarget)  # check_target_options
-    loader = make_loader(source, view, batch_size=batch_size, train=False, device=fabric.device, workers=workers)
+    loader = make_loader(source, source.view, batch_size=batch_size, train=False, device=fabric.device, workers=workers)
     counts = count_tokens(target.tokenizer.to(fabric.device), loader)
     target.weights = inverse_sqrt_weights(counts).to(fabric.device)
 
