@@ -12,7 +12,7 @@ import torch
 from clustermim.encoders.opening import open_encoder
 from clustermim.encoders.weights import read_weights
 from clustermim.errors import InputError
-from clustermim.mim.model import build_model
+from clustermim.mim.building import build_model
 from clustermim.verbs.export_run import export_encoder
 from clustermim.verbs.import_file import import_checkpoint
 from clustermim.verbs.pretrain_encoder import pretrain
