@@ -38,6 +38,7 @@ def test_several_encoders_on_several_data_sets(tmp_path: Path) -> None:
     assert len({row["data"] for row in rows}) == 2 and len(rows) == 2 * (1 + 2 + 1)
     text = printed(result)
     assert "top-1 accuracy in % on 359 test images of 10 classes" in text and "random:vit_micro" in text
+    assert "±" in text
 
 
 def test_one_of_each_needs_no_list() -> None:
@@ -78,9 +79,63 @@ def test_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
     assert [row["protocol"] for row in json.loads(file.read_text())] == ["linear"]
 
 
+def test_finished_rows_are_kept_and_only_what_is_missing_is_computed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from clustermim.verbs import probe_encoders
+
+    asked: list[tuple[str, list[str]]] = []
+    true = probe_encoders.evaluate
+
+    def watched(encoder: Any, train: Any, test: Any, protocols: list[str], *rest: Any) -> Any:
+        asked.append((encoder.name, protocols))
+        if encoder.name == "random:test_resnet" and len(asked) == 2:
+            raise KeyboardInterrupt
+        return true(encoder, train, test, protocols, *rest)
+
+    monkeypatch.setattr(probe_encoders, "evaluate", watched)
+    file, data = tmp_path / "rows.json", make_data(60)
+    both: list[Any] = ["raw-pixels", "random:test_resnet"]
+    with pytest.raises(KeyboardInterrupt):
+        probe(both, data, protocol=["knn"], json=file)
+    assert [row["encoder"] for row in json.loads(file.read_text())] == ["raw-pixels"]
+    rows = probe(both, data, protocol=["knn", "retrieval"], json=file, resume=True).rows()
+    assert asked[2:] == [("raw-pixels", ["retrieval"]), ("random:test_resnet", ["knn", "retrieval"])]
+    assert json.loads(file.read_text()) == rows
+    assert [(r["encoder"], r["protocol"]) for r in rows if r["pool"] != "mean"] == [
+        (name, protocol) for name in both for protocol in ("knn", "retrieval")
+    ]
+    # Another seed is another question.
+    probe("raw-pixels", data, protocol=["knn"], json=file, resume=True, seed=1)
+    assert len(asked) == 5 and len(json.loads(file.read_text())) == len(rows) + 1
+
+
+def test_confusion_matrices_stand_in_files_with_class_names(tmp_path: Path) -> None:
+    result = probe("raw-pixels", make_data(60), protocol=["knn"], confusion=tmp_path / "confusion")
+    (file,) = (tmp_path / "confusion").iterdir()
+    lines = file.read_text().splitlines()
+    assert lines[0] == "true class,0,1,2" and len(lines) == 4
+    counts = np.array([line.split(",")[1:] for line in lines[1:]], dtype=int)
+    row = result.rows()[0]
+    assert counts.sum() == row["n_test"] and counts.trace() == round(row["top1"] * row["n_test"])
+
+
+def test_transfer_all_data_sets_in_one_call(tmp_path: Path) -> None:
+    data = [make_data(60), "digits"]
+    names = ["knn", "fewshot", "retrieval", "cluster"]
+    rows = probe("raw-pixels", data, protocol=names, shots=(1, 2), draws=2).rows()
+    assert len(rows) == 2 * (1 + 2 + 1 + 1) and len({row["data"] for row in rows}) == 2
+    assert {"nmi", "ari"} <= set(rows[-1])
+    text = printed(probe("raw-pixels", make_data(60), protocol=names, shots=(1, 2), draws=2))
+    assert all(title in text for title in ("k-NN", "1-shot", "2-shot", "retrieval mAP", "clustering"))
+
+
 @pytest.mark.parametrize(
     ("words", "expected"),
     [
+        ("--encoder raw-pixels --data digits --protocol fewshot --shots 2 500", "500 images a class is not possible"),
+        ("--encoder raw-pixels --data digits --resume", "--json"),
+        ("--encoder raw-pixels --data digits --protocol fewshot --draws 1", "at least 2 draws"),
         ("--encoder raw-pixel --data digits", "Did you mean 'raw-pixels'"),
         ("--encoder raw-pixels --data digit", "digits"),
         ("--encoder raw-pixels --data digits --protocol kn", "knn"),

@@ -11,6 +11,8 @@ import torch
 from jaxtyping import Bool, Float, Int64
 from torch import Tensor
 
+from clustermim.evaluation.judging import Scores
+
 KS = (1, 5, 10, 20, 50)
 TEMPERATURE = 0.07
 
@@ -48,13 +50,13 @@ def neighbours(
     return similarity, index
 
 
-def vote(
+def votes(
     similarity: Float[Tensor, "m k"],
     labels: Int64[Tensor, "m k"],
     num_classes: int,
     temperature: float = TEMPERATURE,
-) -> Int64[Tensor, " m"]:
-    """The class with the largest sum of exp(similarity / temperature); of equal sums the lower class.
+) -> Float[Tensor, "m {num_classes}"]:
+    """The sum of exp(similarity / temperature) over the neighbours of each class, relative to the nearest neighbour's.
 
     Parameters
     ----------
@@ -67,8 +69,7 @@ def vote(
     """
     # Relative to the nearest neighbour, so that exp cannot overflow; float64, so that the order of sums hardly matters.
     weights = ((similarity.double() - similarity[:, :1].double()) / temperature).exp()
-    votes = weights.new_zeros(len(labels), num_classes).scatter_add_(1, labels, weights)
-    return votes.argmax(dim=1)
+    return weights.new_zeros(len(labels), num_classes).scatter_add_(1, labels, weights)
 
 
 class KNNJudge:
@@ -80,10 +81,10 @@ class KNNJudge:
         self.bank, self.labels, self.num_classes, self.k = bank, labels, num_classes, k
         self.chosen = chosen
 
-    def predict(self, features: Float[Tensor, "m d"]) -> Int64[Tensor, " m"]:
-        """The class of each row."""
+    def answer(self, features: Float[Tensor, "m d"]) -> Scores:
+        """The votes for each row."""
         similarity, index = neighbours(self.bank, features, self.k)
-        return vote(similarity, self.labels[index], self.num_classes)
+        return Scores(votes(similarity, self.labels[index], self.num_classes))
 
 
 def fit_knn(
@@ -117,7 +118,7 @@ def fit_knn(
     similarity, index = neighbours(bank, features[validation], max(usable))
     truth = labels[validation]
     found = {
-        k: (vote(similarity[:, :k], bank_labels[index[:, :k]], num_classes) == truth).double().mean().item()
+        k: (votes(similarity[:, :k], bank_labels[index[:, :k]], num_classes).argmax(dim=1) == truth).double().mean().item()
         for k in usable
     }
     best = max(usable, key=lambda k: found[k])

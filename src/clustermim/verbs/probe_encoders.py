@@ -1,9 +1,11 @@
-"""`clustermim probe`: judge encoders, and the floors they must beat, by k-NN and linear probe."""
+"""`clustermim probe`: judge encoders, and the floors they must beat, by one protocol or many."""
 
 import contextlib
+import csv
+import io
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from json import dumps
+from dataclasses import dataclass, field
+from json import dumps, loads
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -11,24 +13,23 @@ from cyclopts import Parameter, Token
 from rich.console import Console, Group
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
 from rich.progress import Progress as Bar
-from rich.table import Table
 from rich.text import Text
 
 from clustermim.data.options import DataOptions
 from clustermim.data.sources import ImageSource, open_splits
 from clustermim.encoders.contract import Encoder
 from clustermim.errors import InputError
-from clustermim.evaluation.cache import Layers, Progress
+from clustermim.evaluation.cache import FeatureCache, Layers, Progress
+from clustermim.evaluation.evaluating import Setting, evaluate, identity, view_for
+from clustermim.evaluation.fewshot import DRAWS, SHOTS
 from clustermim.evaluation.floors import open_any
-from clustermim.evaluation.protocols import check_protocols, check_sources, evaluate, view_for
+from clustermim.evaluation.protocols import ProtocolOptions, check_protocols, check_train
+from clustermim.evaluation.sealing import Sealed
 from clustermim.runs import atomic_write
-from clustermim.training.launch import Device, resolve_device
+from clustermim.training.launch import Device, make_fabric
+from clustermim.verbs.probe_table import notes, tables
 
-TITLES = {"knn": "k-NN", "linear": "linear"}
-"""Protocol -> title of its column; others go by their own name."""
-
-FLOORS = ("random:", "raw-pixels", "bag-of-tokens:")
-"""How the names of encoders begin that no pretraining has touched."""
+Name = Literal["knn", "linear", "linear-mae", "attentive", "fewshot", "retrieval", "cluster"]
 
 
 def _texts(kind: Any, tokens: Sequence[Token]) -> list[str]:
@@ -41,68 +42,59 @@ def _many(name: str) -> Parameter:
     return Parameter(name=name, consume_multiple=True, n_tokens=-1, converter=_texts, negative="")
 
 
+_SEVERAL = Parameter(consume_multiple=True, negative="")
+
+
 @dataclass(frozen=True)
 class ProbeResult:
     """How each encoder did on each data set."""
 
     records: list[dict[str, Any]]
-    """See `clustermim.evaluation.protocols.evaluate`."""
+    """See `clustermim.evaluation.evaluating.evaluate`."""
+
+    confusions: list[dict[str, Any]] = field(default_factory=list)
+    """Of each row that has classes and was computed in this call: `fingerprint`, `layer`, `pool`, and `confusion`, the
+    counts by true (outer) and predicted class."""
 
     def rows(self) -> list[dict[str, Any]]:
-        """One flat record for each encoder, data set, layer, pool and protocol; `top1` is in [0, 1]."""
+        """One flat record for each encoder, data set, layer, pool and protocol; accuracies are in [0, 1]."""
         return self.records
 
     @property
     def notes(self) -> list[str]:
         """What the reader must be told, each once."""
-        return list(
-            dict.fromkeys(
-                f"{row['encoder']}, {row['pool']}, {TITLES.get(row['protocol'], row['protocol'])}: {row['note']}"
-                for row in self.records
-                if "note" in row
-            )
-        )
+        return notes(self.records)
 
     def __rich__(self) -> Group:
         """A table for each data set, the best of each protocol in bold, floors dimmed."""
-        by_data: dict[str, list[dict[str, Any]]] = {}
-        for row in self.records:
-            by_data.setdefault(row["data"], []).append(row)
-        parts: list[Table | Text] = []
-        for data, rows in by_data.items():
-            first = rows[0]
-            parts.append(
-                Text(
-                    f"{data}: top-1 accuracy in % on {first['n_test']:,} test images of {first['classes']} classes, "
-                    f"{first['n_train']:,} for training"
-                )
-            )
-            parts.append(_table(rows))
-        told = "k and weight decay were chosen on a fifth of the training images; dimmed lines are floors."
-        parts += [Text(told, style="dim"), *(Text(f"Note: {note}", style="yellow") for note in self.notes)]
-        return Group(*parts)
+        return tables(self.records)
 
 
 def probe(
     encoder: Annotated[Any, _many("--encoder")],
     data: Annotated[Any, _many("--data")] = "digits",
     *,
-    protocol: Annotated[Sequence[Literal["knn", "linear"]], Parameter(consume_multiple=True, negative="")] = (
-        "knn",
-        "linear",
-    ),
+    protocol: Annotated[Sequence[Name], _SEVERAL] = ("knn", "linear"),
     layers: Layers = "last",
+    shots: Annotated[tuple[int, ...], _SEVERAL] = SHOTS,
+    draws: int = DRAWS,
+    probe_epochs: int | None = None,
     json: Path | None = None,
+    resume: bool = False,
+    confusion: Path | None = None,
+    cache: Path | None = None,
     batch_size: int = 256,
     device: Device = "auto",
+    devices: int = 1,
     workers: int | None = None,
     seed: int = 0,
     options: Annotated[DataOptions | None, Parameter(name="*")] = None,
 ) -> ProbeResult:
-    """Judge encoders by k-NN and linear probe on frozen features.
+    """Judge encoders on labelled images: k-NN, linear probes, few-shot, retrieval, clustering.
 
     Each encoder is run over each data set once. Hyperparameters (k, weight decay) are chosen on a fifth of the training
-    images; test images are read once, at the end. Class token and mean of the patches are both reported.
+    images; test labels are read once, at the end. Class token and mean of the patches are both reported, with 95 %
+    intervals. Encoders pretrained on one data set may be judged on others: give several --data.
 
     Parameters
     ----------
@@ -112,19 +104,35 @@ def probe(
     data
         One or several labelled data sets.
     protocol
-        How to judge.
+        How to judge, one or several. `knn`; `linear`: logistic regression to its optimum; `linear-mae`: batch norm and
+        a linear layer, LARS, 90 epochs of views; `attentive`: a learned query over all tokens; `fewshot`: mean of ten
+        draws; `retrieval`: mean average precision; `cluster`: K-means, matched to the classes.
     layers
         Judge the last layer, or all of them.
+    shots
+        For fewshot: images a class.
+    draws
+        For fewshot: how often so few images are drawn.
+    probe_epochs
+        For linear-mae and attentive: epochs. Default: 90 and 30.
     json
-        Write the table's rows to this file.
+        Write the table's rows to this file, after each encoder and data set.
+    resume
+        Keep the rows that --json holds already and compute only what is missing.
+    confusion
+        Write a confusion matrix for each row to this folder, as FINGERPRINT-LAYER-POOL.csv.
+    cache
+        Keep features in this folder and take them from there the next time.
     batch_size
         Images at a time; it changes the speed only.
     device
         Where features are computed and judged.
+    devices
+        How many of them, a process each; under torchrun or SLURM their count is taken from there.
     workers
         Processes that read images; default: as the source needs.
     seed
-        Seed of the validation split.
+        Seed of the validation split, the draws of few images and the bootstrap.
     options
         How the images are read.
 
@@ -136,42 +144,94 @@ def probe(
     Raises
     ------
     InputError
-        An encoder or data set that cannot be opened, no labels, a single class, a class that only the test images have.
+        An encoder or data set that cannot be opened, no labels, a single class, a class that only the test images have,
+        fewer images than shots.
     """
     encoders, sources = _as_list(encoder), _as_list(data)
     if not encoders or not sources:
         raise InputError(f"There is nothing to judge{'' if encoders else ': give --encoder ENC [ENC ...]'}.")
-    protocols = [protocol] if isinstance(protocol, str) else list(protocol)
+    protocols = list(dict.fromkeys([protocol] if isinstance(protocol, str) else protocol))
     check_protocols(protocols)
-    if json is not None and json.is_dir():
-        raise InputError(f"--json {json} is a folder; name a file to write to.")
-    where = resolve_device(device)
+    how = ProtocolOptions(shots=tuple(shots), draws=draws, probe_epochs=probe_epochs, seed=seed)
+    earlier = _earlier_rows(json, resume)
+    if cache is not None and cache.exists() and not cache.is_dir():
+        raise InputError(f"--cache {cache} is a file; name a folder.")
+    fabric = make_fabric(device, devices, "32-true")
     # Everything is opened and checked before anything is computed.
     jobs = [
         (opened, train, test)
-        for train, test in _open_sources(sources, options or DataOptions())
+        for train, test in _open_sources(sources, options or DataOptions(), protocols, how)
         for opened in _open_encoders(encoders, train).values()
     ]
+    fabric.launch()
     records: list[dict[str, Any]] = []
-    with _bar(len(jobs)) as told:
+    confusions: list[dict[str, Any]] = []
+    with _bar(len(jobs), show=fabric.is_global_zero) as told:
         for number, (opened, train, test) in enumerate(jobs):
-            records += evaluate(
-                opened,
-                train,
-                test,
-                protocols,
-                layers=layers,
-                batch_size=batch_size,
-                device=where,
-                workers=workers,
-                seed=seed,
-                progress=told(number),
-            )
-            opened.to("cpu")
-    result = ProbeResult(records)
+            marks = {name: identity(opened, train, test, name, how, layers) for name in protocols}
+            kept = [row | {"encoder": opened.name} for row in earlier if row["fingerprint"] in marks.values()]
+            missing = [n for n in protocols if marks[n] not in {row["fingerprint"] for row in kept}]
+            if missing:
+                setting = Setting(
+                    layers=layers,
+                    batch_size=batch_size,
+                    device=fabric.device,
+                    workers=workers,
+                    cache=None if cache is None else FeatureCache(cache),
+                    fabric=fabric,
+                    progress=told(number),
+                )
+                for row in evaluate(opened, train, test, missing, how, setting):
+                    row["fingerprint"] = marks[row["protocol"]]
+                    if "confusion" in row:
+                        place = {key: row[key] for key in ("fingerprint", "layer", "pool")}
+                        confusions.append(place | {"confusion": row.pop("confusion"), "classes": train.classes})
+                    kept.append(row)
+                opened.to("cpu")
+            records += sorted(kept, key=lambda row: (row["layer"], row["pool"], protocols.index(row["protocol"])))
+            if fabric.is_global_zero:
+                done = {row["fingerprint"] for row in records}
+                _write(json, records + [row for row in earlier if row["fingerprint"] not in done])
+                _write_confusions(confusion, confusions)
+    if fabric.is_global_zero and not resume:
+        _write(json, records)
+    return ProbeResult(records, confusions)
+
+
+def _earlier_rows(json: Path | None, resume: bool) -> list[dict[str, Any]]:
+    """The rows of an earlier call, if they are to be kept."""
+    if json is not None and json.is_dir():
+        raise InputError(f"--json {json} is a folder; name a file to write to.")
+    if resume and json is None:
+        raise InputError("--resume keeps the rows of an earlier call: name its file with --json.")
+    if not resume or json is None or not json.exists():
+        return []
+    try:
+        rows = loads(json.read_text())
+    except ValueError as problem:
+        raise InputError(f"--resume: {json} is damaged ({problem}). Remove it, or name another file.") from None
+    if not isinstance(rows, list) or not all(isinstance(row, dict) and "fingerprint" in row for row in rows):
+        raise InputError(f"--resume: {json} holds no rows of `clustermim probe`. Name another file.")
+    return rows
+
+
+def _write(json: Path | None, rows: Sequence[Mapping[str, Any]]) -> None:
     if json is not None:
-        atomic_write(json, dumps(result.rows(), indent=2) + "\n")
-    return result
+        atomic_write(json, dumps(rows, indent=2) + "\n")
+
+
+def _write_confusions(folder: Path | None, confusions: Sequence[Mapping[str, Any]]) -> None:
+    """A file for each matrix: rows are true classes, columns predicted ones."""
+    if folder is None:
+        return
+    for found in confusions:
+        counts = found["confusion"]
+        names = found["classes"] or range(len(counts))
+        text = io.StringIO()
+        writer = csv.writer(text)
+        writer.writerow(["true class", *names])
+        writer.writerows([name, *row] for name, row in zip(names, counts, strict=False))
+        atomic_write(folder / f"{found['fingerprint']}-{found['layer']}-{found['pool']}.csv", text.getvalue())
 
 
 def _as_list(given: Any) -> list[Any]:
@@ -179,15 +239,18 @@ def _as_list(given: Any) -> list[Any]:
     return list(given) if isinstance(given, list) else [given]
 
 
-def _open_sources(sources: Sequence[Any], options: DataOptions) -> list[tuple[ImageSource, ImageSource]]:
+def _open_sources(
+    sources: Sequence[Any], options: DataOptions, protocols: Sequence[str], how: ProtocolOptions
+) -> list[tuple[ImageSource, Sealed]]:
     opened = []
     for source in sources:
         train, test = open_splits(source, options)
-        check_sources(train, test)
+        sealed = Sealed(train, test)
+        check_train(train, protocols, how)
         message = train.skipped_message()
         if message is not None:
             Console(stderr=True).print(Text(f"Warning: {message}", style="yellow"))
-        opened.append((train, test))
+        opened.append((train, sealed))
     return opened
 
 
@@ -205,11 +268,11 @@ def _open_encoders(specs: Sequence[Any], train: ImageSource) -> Mapping[str, Enc
 
 
 @contextlib.contextmanager
-def _bar(jobs: int) -> Iterator[Any]:
+def _bar(jobs: int, *, show: bool) -> Iterator[Any]:
     """A bar on stderr, if it is a terminal; gives a function from the number of a job to what `evaluate` tells."""
     console = Console(stderr=True)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Bar(*columns, console=console, disable=not console.is_terminal, transient=True) as bar:
+    with Bar(*columns, console=console, disable=not (show and console.is_terminal), transient=True) as bar:
         task = bar.add_task("", total=None)
 
         def told(number: int) -> Progress:
@@ -219,37 +282,3 @@ def _bar(jobs: int) -> Iterator[Any]:
             return tell
 
         yield told
-
-
-def _table(rows: Sequence[Mapping[str, Any]]) -> Table:
-    """One line for each encoder, layer and pool; a column for each protocol."""
-    protocols = list(dict.fromkeys(row["protocol"] for row in rows))
-    many_layers = any(
-        len({row["layer"] for row in rows if row["encoder"] == name}) > 1 for name in {r["encoder"] for r in rows}
-    )
-    lines: dict[tuple[str, int, str], dict[str, Mapping[str, Any]]] = {}
-    for row in rows:
-        lines.setdefault((row["encoder"], row["layer"], row["pool"]), {})[row["protocol"]] = row
-    best = {p: max(row["top1"] for row in rows if row["protocol"] == p) for p in protocols}
-    table = Table()
-    table.add_column("encoder", overflow="fold")
-    for name in (["layer"] if many_layers else []) + ["pool"]:
-        table.add_column(name)
-    table.add_column("dim", justify="right")
-    for protocol in protocols:
-        table.add_column(TITLES.get(protocol, protocol), justify="right")
-        table.add_column("chosen", style="dim")
-    for (name, layer, pool), found in lines.items():
-        cells = [name, *([str(layer)] if many_layers else []), pool, f"{next(iter(found.values()))['dim']:,}"]
-        for protocol in protocols:
-            top1 = found[protocol]["top1"]
-            figure = f"{100 * top1:.1f}"
-            cells += [f"[bold]{figure}[/]" if top1 == best[protocol] else figure, _chosen(found[protocol])]
-        table.add_row(*cells, style="dim" if name.startswith(FLOORS) else None)
-    return table
-
-
-def _chosen(row: Mapping[str, Any]) -> str:
-    if "k" in row:
-        return f"k {row['k']}"
-    return f"decay {row['weight_decay']:.0e}" if "weight_decay" in row else ""
