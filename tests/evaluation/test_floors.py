@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 
 from clustermim.data.sources import open_splits
 from clustermim.errors import InputError
-from clustermim.evaluation.floors import BagOfTokens, bag_of_tokens, open_any
 from clustermim.evaluation.evaluating import evaluate
+from clustermim.evaluation.floors import BagOfTokens, bag_of_tokens, open_any
 from clustermim.tokenizers.tokenizer import Tokenizer
 
 

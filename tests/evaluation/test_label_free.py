@@ -20,7 +20,10 @@ from clustermim.evaluation.retrieval import RetrievalJudge, average_precision
 def test_average_precision_equals_scikit_learns(n: int, m: int, classes: int, seed: int) -> None:
     generator = torch.Generator().manual_seed(seed)
     gallery, queries = torch.randn(n, 5, generator=generator), torch.randn(m, 5, generator=generator)
-    labels, wanted = torch.randint(classes, (n,), generator=generator), torch.randint(classes, (m,), generator=generator)
+    labels, wanted = (
+        torch.randint(classes, (n,), generator=generator),
+        torch.randint(classes, (m,), generator=generator),
+    )
     found = average_precision(gallery, labels, queries, wanted, at_once=2 * n)
     for i in range(m):
         relevant = (labels == wanted[i]).numpy()
@@ -45,9 +48,7 @@ def test_the_matching_is_the_best_of_all(n: int, classes: int, seed: int) -> Non
     generator = torch.Generator().manual_seed(seed)
     assigned, labels = (torch.randint(classes, (n,), generator=generator) for _ in range(2))
     match = best_matching(assigned, labels, classes)
-    best = max(
-        int((torch.tensor(order)[assigned] == labels).sum()) for order in itertools.permutations(range(classes))
-    )
+    best = max(int((torch.tensor(order)[assigned] == labels).sum()) for order in itertools.permutations(range(classes)))
     assert int((match[assigned] == labels).sum()) == best and sorted(match.tolist()) == list(range(classes))
 
 

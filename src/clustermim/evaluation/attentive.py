@@ -5,10 +5,11 @@ Masked models spread what they know over the patches, so that pooling them by a 
 """
 
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from jaxtyping import Float
-from timm.layers import AttentionPoolLatent
+from timm.layers.attention_pool import AttentionPoolLatent
 from torch import Tensor, nn
 
 from clustermim.encoders.contract import EncoderOutput
@@ -101,12 +102,10 @@ def fit_attentive(course: Course) -> Mapping[tuple[int, str], AttentiveJudge]:
                     if key not in heads:
                         heads[key] = _make_head(tokens.shape[-1], course)
                         optimisers[key] = make_adamw(heads[key], lr=peak, betas=(0.9, 0.999))
-                    set_learning_rate(
-                        optimisers[key].param_groups, cosine_with_warmup(step, total, total // 10, peak)
-                    )
+                    set_learning_rate(optimisers[key].param_groups, cosine_with_warmup(step, total, total // 10, peak))
                     loss = nn.functional.cross_entropy(heads[key](tokens[keep]), labels[keep], reduction="sum")
                     optimisers[key].zero_grad()
-                    (loss / max(1, int(keep.sum()))).backward()
+                    torch.autograd.backward(loss / max(1, int(keep.sum())))
                     _average_gradients(heads[key], course)
                     optimisers[key].step()
             step += 1
@@ -126,7 +125,8 @@ def _average_gradients(head: nn.Module, course: Course) -> None:
     """The mean over processes, each of which has seen its part of the batch."""
     if course.fabric is not None and course.fabric.world_size > 1:
         for parameter in head.parameters():
-            parameter.grad = course.fabric.all_reduce(parameter.grad, reduce_op="mean")  # type: ignore[assignment]
+            mean: Any = course.fabric.all_reduce(parameter.grad, reduce_op="mean")  # type: ignore[arg-type]
+            parameter.grad = mean
 
 
 def _choose(

@@ -8,13 +8,14 @@ import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from importlib import metadata
 from typing import Any
 
+import numpy as np
 import torch
 from lightning_fabric import Fabric
 from torch import Tensor
 
-from clustermim import __version__
 from clustermim.data.loaders import Loader, make_loader
 from clustermim.data.sources import ImageSource
 from clustermim.data.views import ViewConfig
@@ -115,7 +116,7 @@ def evaluate(
         rows = measure(judges, answers, sealed.reveal(options.seed), setting.fabric)
     labels = torch.as_tensor(train.labels)
     facts = {"encoder": encoder.name, "data": train.name}
-    sizes = {"n_train": len(labels), "n_test": len(sealed.images), "classes": len(labels.unique())}
+    sizes = {"n_train": len(labels), "n_test": len(sealed.images), "classes": len(np.unique(labels))}
     sizes["seed"] = options.seed
     dims = {key: block.shape[1] for key, block in vectors.items()}
     return [facts | row | {"dim": dims.get((row["layer"], row["pool"]), 0) or _dim(vectors)} | sizes for row in rows]
@@ -284,7 +285,7 @@ def identity(
         protocol,
         asdict(options),
         layers,
-        __version__,
+        metadata.version("clustermim"),
     ]
     return hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:16]
 

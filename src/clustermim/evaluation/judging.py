@@ -9,7 +9,6 @@ from functools import cached_property
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
-import torch
 from jaxtyping import Float, Int64
 from torch import Tensor
 

@@ -118,7 +118,10 @@ def fit_knn(
     similarity, index = neighbours(bank, features[validation], max(usable))
     truth = labels[validation]
     found = {
-        k: (votes(similarity[:, :k], bank_labels[index[:, :k]], num_classes).argmax(dim=1) == truth).double().mean().item()
+        k: (votes(similarity[:, :k], bank_labels[index[:, :k]], num_classes).argmax(dim=1) == truth)
+        .double()
+        .mean()
+        .item()
         for k in usable
     }
     best = max(usable, key=lambda k: found[k])

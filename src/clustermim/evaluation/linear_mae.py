@@ -182,6 +182,6 @@ def train_step(head: nn.Module, optimiser: LARS, x: Float[Tensor, "b d"], y: Ten
     head.train()
     loss = nn.functional.cross_entropy(head(x), y)
     optimiser.zero_grad()
-    loss.backward()
+    torch.autograd.backward(loss)
     optimiser.step()
     return loss.detach()

@@ -62,7 +62,7 @@ class Course:
     def outputs(
         self, loader: Loader, epoch: int = 0
     ) -> Iterator[tuple[dict[int, EncoderOutput], Int64[Tensor, " b"], Int64[Tensor, " b"]]]:
-        """(layer -> outputs, labels, index in the source) of each batch of an epoch; no gradient reaches the encoder."""
+        """(layer -> outputs, labels, index in the source) of each batch of an epoch; the encoder gets no gradient."""
         for batch in loader.epoch(epoch):
             with torch.no_grad():
                 found = self.encoder.layers(batch.images, list(self.which))

@@ -82,11 +82,11 @@ def _table(rows: Sequence[Row]) -> Table:
     for (name, layer, pool), found in lines.items():
         cells = [name, *([str(layer)] if many_layers else []), pool, f"{next(iter(found.values()))['dim']:,}"]
         for column in columns:
-            row = found.get(column)
-            text = "" if row is None else _cell(row)
-            cells.append(f"[bold]{text}[/]" if row is not None and figure(row) == best[column] else text)
+            held = found.get(column)
+            text = "" if held is None else _cell(held)
+            cells.append(f"[bold]{text}[/]" if held is not None and figure(held) == best[column] else text)
             if column in explained:
-                cells.append("" if row is None else _chosen(row))
+                cells.append("" if held is None else _chosen(held))
         table.add_row(*cells, style="dim" if name.startswith(FLOORS) else None)
     return table
 
