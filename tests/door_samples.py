@@ -8,7 +8,8 @@ import timm
 import torch
 from torch import Tensor, nn
 
-from clustermim.mim.model import MaskedImageModel, build_model
+from clustermim.mim.building import build_model
+from clustermim.mim.model import MaskedImageModel
 from clustermim.mim.starting import save_weights
 from clustermim.runs import RunDirectory
 
