@@ -19,6 +19,7 @@ from clustermim.errors import InputError
 from clustermim.tokenizers.fitting import fit
 from clustermim.tokenizers.importing import import_centroids
 from clustermim.tokenizers.tokenizer import KINDS, Tokenizer, load_tokenizer
+from clustermim.tokenizers.vqvae.training import VQVAEConfig
 
 IMAGES, SIDE = 60, 4
 
@@ -36,6 +37,14 @@ CASES: dict[str, dict[str, Any]] = {
     "backbone": {"k": 8, "features": "backbone:test_resnet@WEIGHTS?layer=2&size=64"},
     "large": {"k": 200},
     "imported": {"k": 8, "imported": "dot"},
+    "vqvae": {"k": 8, "kind": "vqvae", "vqvae": VQVAEConfig(epochs=3, width=8, depth=1, code_dim=4)},
+    "gumbel": {
+        "k": 8,
+        "kind": "vqvae",
+        "size": (12, 8),
+        "channels": 2,
+        "vqvae": VQVAEConfig(estimator="gumbel", epochs=3, width=8, depth=1, code_dim=4),
+    },
     "random-centroids": {"k": 8, "kind": "random-centroids"},
     "identity": {"kind": "identity"},
     "random": {"k": 8, "kind": "random", "seed": 3},

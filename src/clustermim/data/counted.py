@@ -32,6 +32,8 @@ class Stream(IntEnum):
     SAMPLE = 8
     INIT = 9
     TOKENS = 10
+    NOISE = 11
+    RESTART = 12
     PART = 20
 
 

@@ -21,6 +21,9 @@ from clustermim.tokenizers.progress import PassProgress
 from clustermim.tokenizers.signatures import note_signatures, starts_of
 from clustermim.tokenizers.streams import Blocks
 from clustermim.tokenizers.tokenizer import KMeansTokenizer, Tokenizer, class_of
+from clustermim.tokenizers.vqvae.fitting import fit_vqvae
+from clustermim.tokenizers.vqvae.training import VQVAEConfig
+from clustermim.training.launch import Device, make_fabric
 
 
 def fit(
@@ -39,8 +42,9 @@ def fit(
     device: str | torch.device = "cpu",
     workers: int | None = None,
     progress: bool = False,
+    vqvae: VQVAEConfig | None = None,
 ) -> Tokenizer:
-    """Make a tokenizer of any kind from the eval views of a source.
+    """Make a tokenizer of any kind from the eval views of a source; a VQ-VAE from its train views.
 
     Parameters
     ----------
@@ -64,6 +68,8 @@ def fit(
         As for `make_loader`.
     progress
         Show a bar on stderr.
+    vqvae
+        How a VQ-VAE is trained; only for that kind, and there `batch_size` is the number of images of a step.
 
     Returns
     -------
@@ -82,6 +88,8 @@ def fit(
     made = class_of(kind)
     if kind in ("kmeans", "random-centroids", "random") and k < 2:
         raise InputError(f"A vocabulary of k = {k} tells no patches apart; choose k of at least 2.")
+    if vqvae is not None and kind != "vqvae":
+        raise InputError(f"Tokenizers of kind {kind!r} are not trained: leave out `vqvae`, or use kind 'vqvae'.")
     grid = (view.image_size[0] // patch_size, view.image_size[1] // patch_size)
     config: dict[str, Any] = {
         "kind": kind,
@@ -90,14 +98,22 @@ def fit(
         "channels": view.channels,
         "image_size": list(view.image_size),
     }
-    facts: dict[str, Any] = {
-        "data": source.name,
-        "split": source.split,
-        "images": len(source),
-        "data_fingerprint": source.fingerprint(),
-        "seed": seed,
-        "versions": environment_facts()["versions"],
-    }
+    facts = provenance(source, seed)
+    if kind == "vqvae":
+        how = vqvae or VQVAEConfig()
+        fabric = make_fabric(_kind_of(device), precision=how.precision)
+        fabric.launch()
+        return fit_vqvae(
+            source,
+            patch_size=patch_size,
+            k=k,
+            seed=seed,
+            batch_size=batch_size,
+            config=how,
+            fabric=fabric,
+            workers=workers,
+            facts=facts,
+        )
     if kind == "identity":
         return made(config | {"vocab_size": len(source) * grid[0] * grid[1], "facts": facts})
     if kind == "position":
@@ -163,6 +179,23 @@ def _fit_features(features: PatchFeatures, loader: Loader, progress: bool) -> di
             yield from bar.track(batches, f"fitting {features.spec}", loader.num_images)
 
         return features.fit(images)
+
+
+def _kind_of(device: str | torch.device) -> Device:
+    found: Device = torch.device(device).type  # type: ignore[assignment]
+    return found
+
+
+def provenance(source: ImageSource, seed: int) -> dict[str, Any]:
+    """What every tokenizer's facts begin with: data and its fingerprint, seed, versions."""
+    return {
+        "data": source.name,
+        "split": source.split,
+        "images": len(source),
+        "data_fingerprint": source.fingerprint(),
+        "seed": seed,
+        "versions": environment_facts()["versions"],
+    }
 
 
 def _gaussian_like(blocks: Blocks, k: int, seed: int, progress: bool) -> Float[Tensor, "k d"]:

@@ -1,8 +1,10 @@
 """`clustermim tokenizer fit`: a tokenizer from images."""
 
 import contextlib
+import inspect
 import json as jsonlib
 from collections.abc import Callable
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -18,9 +20,11 @@ from clustermim.features.patches import PatchFeatures
 from clustermim.runs import RunDirectory, atomic_write
 from clustermim.tokenizers.fitting import fit
 from clustermim.tokenizers.tokenizer import Tokenizer, load_tokenizer
+from clustermim.tokenizers.vqvae.training import VQVAEConfig
 from clustermim.training.launch import Device, resolve_device
+from clustermim.verbs.train_vqvae import train_into
 
-Kind = Literal["kmeans", "identity", "random", "random-centroids", "position", "oracle"]
+Kind = Literal["kmeans", "vqvae", "identity", "random", "random-centroids", "position", "oracle"]
 
 _KIND = "tokenizer fit"
 _VOLATILE = ("device", "workers", "batch_size")  # of no influence on the tokens
@@ -44,9 +48,10 @@ def fit_tokenizer(
     workers: int | None = None,
     resume: bool = False,
     json: Path | None = None,
+    vqvae: Annotated[VQVAEConfig | None, Parameter(name="*", group="Only for --kind vqvae")] = None,
     options: Annotated[DataOptions, Parameter(name="*")] = DEFAULTS,
 ) -> Tokenizer:
-    """Fit a tokenizer to images: cluster their patches by K-means, or make a control.
+    """Fit a tokenizer to images: cluster their patches by K-means, train a VQ-VAE, or make a control.
 
     Parameters
     ----------
@@ -64,8 +69,8 @@ def fit_tokenizer(
     out
         Folder for the tokenizer; must be new or empty.
     kind
-        kmeans, or a control that brackets it: identity (each patch its own token), random, random-centroids, position,
-        oracle (the label).
+        kmeans; vqvae, a learned tokenizer with options of its own; or a control that brackets them: identity (each
+        patch its own token), random, random-centroids, position, oracle (the label).
     metric
         l2, or cosine for spherical K-means on unit features.
     seed
@@ -77,15 +82,19 @@ def fit_tokenizer(
     tol
         Stop when a pass lowers the inertia by less than this share.
     batch_size
-        Images described at once; the result does not depend on it.
+        Images described at once; the result does not depend on it. For vqvae the images of a training step, at most
+        all of them.
     device
         cpu, cuda or mps; auto takes the best there is.
     workers
         Processes that read images. Default: none where the images fit in memory, else one a core.
     resume
-        Into a folder where a fit was broken off: start it again; where it was finished: load it.
+        Into a folder where a fit was broken off: start it again, or for vqvae continue it exactly; where it was
+        finished: load it.
     json
         Also write the table to this file.
+    vqvae
+        How a VQ-VAE is trained.
     options
         How the images are read.
 
@@ -98,7 +107,10 @@ def fit_tokenizer(
     ------
     InputError
         The data, the features or the options cannot be used; or `out` holds something else.
+    NonFiniteLossError, Stopped
+        For vqvae, as for `pretrain`.
     """
+    _refuse_inapplicable(kind, vqvae, features=features, metric=metric, n_init=n_init, max_passes=max_passes, tol=tol)
     where = resolve_device(device)
     source = open_source(data, options)
     if message := source.skipped_message():
@@ -117,7 +129,18 @@ def fit_tokenizer(
         "batch_size": batch_size,
         "workers": workers,
     }
-    if out is None:
+    if kind == "vqvae":
+        how = vqvae or VQVAEConfig()
+        if out is None and how.max_minutes is not None:
+            raise InputError("max_minutes needs out: a training that is stopped leaves a checkpoint there.")
+        sizes: dict[str, Any] = {"patch_size": side, "k": k, "seed": seed, "batch_size": batch_size, "workers": workers}
+        if out is None:
+            tokenizer = fit(source, kind=kind, device=where, vqvae=how, **sizes)
+        else:
+            settings = {"data": source.name, "kind": kind, **sizes, "device": device, **asdict(how), **options.given()}
+            settings = {key: value for key, value in settings.items() if value is not None}
+            tokenizer = train_into(out, source, settings, config=how, device=device, resume=resume, **sizes)
+    elif out is None:
         tokenizer = fit(source, features=features, device=where, progress=True, **fitted)
     else:
         spec = features.spec if isinstance(features, PatchFeatures) else features
@@ -129,6 +152,18 @@ def fit_tokenizer(
     if json is not None:
         atomic_write(json, jsonlib.dumps(tokenizer.rows(), indent=1))
     return tokenizer
+
+
+def _refuse_inapplicable(kind: str, vqvae: VQVAEConfig | None, **others: Any) -> None:
+    """Options of one kind that are given to another are an error: ignored, they would mislead."""
+    if kind != "vqvae" and vqvae is not None:
+        changed = [key for key, value in asdict(vqvae).items() if value != getattr(VQVAEConfig(), key)]
+        named = ", ".join(f"--{key.replace('_', '-')}" for key in changed) or "An option such as --epochs"
+        raise InputError(f"{named}: only for --kind vqvae, not for {kind}. Leave it out, or choose that kind.")
+    defaults = {name: parameter.default for name, parameter in inspect.signature(fit_tokenizer).parameters.items()}
+    unfit = [f"--{key.replace('_', '-')}" for key, value in others.items() if value != defaults[key]]
+    if kind == "vqvae" and unfit:
+        raise InputError(f"{', '.join(unfit)}: not for --kind vqvae, which learns from pixels. Leave it out.")
 
 
 def _fit_into(run: RunDirectory, source: ImageSource, make: Callable[[], Tokenizer]) -> Tokenizer:
