@@ -57,7 +57,7 @@ def test_what_a_fit_leaves_behind(whole: Path, tmp_path: Path) -> None:
 
 def test_codes_are_shown_decoded(whole: Path) -> None:
     view = look_at_tokens(load_tokenizer(whole), open_source("digits", DataOptions(limit=20)), examples=1)
-    assert view.shows == "its code, decoded"
+    assert view.shows == "what it decodes to"
     assert len(view.pictures) == 10 and view.pictures[0].shape == (4, 4, 3)
 
 
