@@ -59,7 +59,7 @@ def build_app() -> App:
         suppress_keyboard_interrupt=False,  # `run` tells it and returns the exit code
         result_action="return_value",
     )
-    tokenizer = App(name="tokenizer", help="Fit tokenizers and look at them.")
+    tokenizer = App(name="tokenizer", help="Fit or import tokenizers, and look at them.")
     for parent, verbs in ((app, _VERBS), (tokenizer, _TOKENIZER_VERBS)):
         for name, (target, summary) in verbs.items():
             parent.command(f"clustermim.verbs.{target}", name=name, help=summary)

@@ -375,8 +375,9 @@ def map_tiles(view: TokenView, *, height: int = 160) -> list[Tile]:
     side = view.maps[0].picture.shape[0] // view.maps[0].ids.shape[0] if view.maps else 0
     single = {int(t): p for t, p in zip(view.tokens, view.pictures, strict=True) if p.shape[:2] == (side, side)}
     tiles = []
+    digits = max((len(str(int(mapped.ids.max()))) for mapped in view.maps), default=1)
     for mapped in view.maps:
-        rows, digits = mapped.ids.shape[0], len(str(int(mapped.ids.max())))
+        rows = mapped.ids.shape[0]
         # Large enough for the numbers, by which a token is found in the legend, unless the grid is very fine.
         cell = max(2, height // rows, min(number_cell(digits), _MOST_HIGH // rows))
         parts = [mapped.picture, token_map(mapped.picture, mapped.ids, colours, cell=cell)]
