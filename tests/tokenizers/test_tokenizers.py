@@ -16,9 +16,10 @@ from clustermim.data.counted import uniform
 from clustermim.data.options import DataOptions
 from clustermim.data.sources import ImageSource, open_source
 from clustermim.errors import InputError
+from clustermim.tokenizers.aligned import AlignedTokenizer, merge_vocabulary
 from clustermim.tokenizers.fitting import fit
 from clustermim.tokenizers.importing import import_centroids
-from clustermim.tokenizers.tokenizer import KINDS, Tokenizer, load_tokenizer
+from clustermim.tokenizers.tokenizer import KINDS, KMeansTokenizer, Tokenizer, load_tokenizer
 from clustermim.tokenizers.vqvae.training import VQVAEConfig
 
 IMAGES, SIDE = 60, 4
@@ -50,6 +51,7 @@ CASES: dict[str, dict[str, Any]] = {
     "random": {"k": 8, "kind": "random", "seed": 3},
     "position": {"kind": "position"},
     "oracle": {"kind": "oracle"},
+    "aligned": {"kind": "aligned", "k": 6},
 }
 
 
@@ -77,6 +79,15 @@ def make(case: dict[str, Any], weights: Path, **more: Any) -> Tokenizer:
     asked = {key: value for key, value in case.items() if key not in ("size", "channels")} | more
     if "features" in asked:
         asked["features"] = asked["features"].replace("WEIGHTS", str(weights))
+    if asked.get("kind") == "aligned":  # made from a fitted one and counts in labelled images
+        fine = fit(source_of(case), patch_size=SIDE, k=40)
+        assert isinstance(fine, KMeansTokenizer)
+        ids = fine.encode(torch.stack([source_of(case)[i][0] for i in range(IMAGES)]))
+        tables = np.zeros((2, 40, 3))
+        for image in range(0, IMAGES - 4, 2):  # half of the images: some centroids stay without a patch
+            np.add.at(tables[image // 2 % 2], (ids[image].numpy(), image % 3), 1.0)
+        tables[:, :2] = 0.0
+        return merge_vocabulary(fine, tables, asked["k"])
     return fit(source_of(case), patch_size=SIDE, **asked)
 
 
@@ -232,6 +243,23 @@ def test_random_centroids_have_the_features_mean_and_deviation(weights: Path) ->
     described = made.features(torch.stack([source[i][0] for i in range(60)])).flatten(0, 1)
     torch.testing.assert_close(made.codebook.centroids.mean(0), described.mean(0), atol=0.12, rtol=0)
     torch.testing.assert_close(made.codebook.centroids.std(0), described.std(0, correction=0), atol=0.08, rtol=0)
+
+
+def test_merged_tokens_are_groups_of_centroids_and_unseen_ones_join_the_nearest(weights: Path) -> None:
+    made = make(CASES["aligned"], weights)
+    assert isinstance(made, AlignedTokenizer) and made.codebook is None
+    x = torch.stack([source_of({})[i][0] for i in range(IMAGES)])
+    fine = made.fine.assign(made.features(x).flatten(0, 1))
+    assert torch.equal(made(x).flatten(), made.groups[fine])
+    assert set(made.groups.tolist()) == set(range(6))
+    facts = made.facts
+    assert facts["align_from"] == 40 and facts["fine_tokens_seen"] < 39 and facts["align_prior_patches"] >= 0
+    centroids = made.fine.centroids
+    nearest = (centroids[:2, None] - centroids[None, 2:]).square().sum(2).argsort(1)
+    for unseen in (0, 1):  # tokens 0 and 1 were never seen; neither perhaps was the nearest, so look along the order
+        assert any(made.groups[unseen] == made.groups[2 + int(n)] for n in nearest[unseen, :5])
+    with pytest.raises(InputError, match="nothing to merge"):
+        merge_vocabulary(fit(source_of({}), patch_size=SIDE, k=6), np.ones((2, 6, 3)), 6)  # type: ignore[arg-type]
 
 
 def test_controls_refuse_images_that_they_never_met(weights: Path) -> None:

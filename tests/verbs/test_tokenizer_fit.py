@@ -9,9 +9,11 @@ import torch
 
 from clustermim.cli import run
 from clustermim.data.options import DataOptions
+from clustermim.data.sources import open_source
 from clustermim.errors import InputError
 from clustermim.runs import read_manifest
 from clustermim.tokenizers.tokenizer import load_tokenizer
+from clustermim.verbs.align_tokens import fit_aligned, plan_alignment
 from clustermim.verbs.tokenizer_fit import fit_tokenizer
 
 DIGITS = DataOptions(limit=100)
@@ -97,3 +99,67 @@ def test_images_of_several_channels_from_a_file(tmp_path: Path) -> None:
     assert run([*arguments, "--out", str(tmp_path / "t")]) == 0
     made = load_tokenizer(tmp_path / "t")
     assert (made.channels, made.image_size, made.grid) == (5, (8, 12), (2, 3))
+
+
+def test_aligning_gains_on_images_that_took_no_part(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    command = ["tokenizer", "fit", "--k", "16", "--patch-size", "2", "--align-with", "labels", "--align-from", "120"]
+    assert run([*command, "--out", str(tmp_path / "a"), "--json", str(tmp_path / "a.json")]) == 0
+    assert "so the labels helped" in " ".join(capsys.readouterr().err.split())
+    (row,) = json.loads((tmp_path / "a.json").read_text())
+    assert row["kind"] == "aligned" and row["vocab_size"] == 16 and row["align_from"] == 120
+    assert row["align_images"] + row["held_out_images"] == 1438
+    assert 0 < row["held_out_gain_low"] < row["held_out_gain"] < row["held_out_gain_high"]
+    assert row["held_out_gain"] == pytest.approx(row["held_out_alignment_aligned"] - row["held_out_alignment_plain"])
+    made = load_tokenizer(tmp_path / "a")
+    assert made.kind == "aligned" and not made.requires and made(torch.rand(2, 1, 8, 8)).shape == (2, 16)
+    assert run(["tokenizer", "fit", "--config", str(tmp_path / "a" / "config.yaml"), "--out", str(tmp_path / "b")]) == 0
+    assert load_tokenizer(tmp_path / "b").fingerprint() == made.fingerprint()
+
+
+def test_images_that_align_never_judge_and_groups_stay_together() -> None:
+    source = open_source("digits")
+    for images in (None, 300):
+        plan = plan_alignment(source, 10, fine=None, images=images, kind="kmeans", seed=0)
+        assert not set(plan.aligning.tolist()) & set(plan.judging.tolist()) and plan.fine == 200
+        assert images is None or images - 5 <= len(plan.aligning) <= images
+    source.groups = np.arange(len(source)) // 3
+    plan = plan_alignment(source, 10, fine=50, images=None, kind="kmeans", seed=0)
+    assert not set(source.groups[plan.aligning].tolist()) & set(source.groups[plan.judging].tolist())
+
+
+def test_labels_of_the_judging_images_do_not_touch_the_tokens() -> None:
+    made = []
+    for turn in (False, True):
+        source = open_source("digits", DataOptions(limit=400))
+        plan = plan_alignment(source, 8, fine=60, images=None, kind="kmeans", seed=0)
+        if turn:
+            assert source.labels is not None
+            source.labels[plan.judging] = source.labels[plan.judging][::-1]
+        made.append(fit_aligned(source, plan, k=8, patch_size=2, batch_size=64, workers=None, device="cpu"))
+    assert torch.equal(made[0].groups, made[1].groups)
+    assert made[0].facts["held_out_gain"] != made[1].facts["held_out_gain"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        (["--align-from", "100"], "add --align-with labels"),
+        (["--align-with", "labels", "--kind", "position"], "--kind position"),
+        (["--align-with", "labels", "--data", "digits#test"], "leave out #test"),
+        (["--align-with", "labels", "--data", "digits#all"], "leave out #all"),
+        (["--align-with", "labels", "--align-from", "8"], "--align-from 8 must be larger than --k 8"),
+        (["--align-with", "labels", "--align-images", "2000"], "--align-images 2000"),
+        (["--align-with", "labels", "--limit", "20"], "at least four of each class"),
+    ],
+)
+def test_what_cannot_be_aligned_is_told(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], told: str
+) -> None:
+    out = tmp_path / "t"
+    assert run(["tokenizer", "fit", "--k", "8", "--out", str(out), *arguments]) == 2
+    assert told in " ".join(capsys.readouterr().err.split()) and not out.exists()
+
+
+def test_aligning_needs_labels() -> None:
+    with pytest.raises(InputError, match="labelled images"):
+        fit_tokenizer(np.zeros((20, 8, 8), dtype=np.uint8), k=4, align_with="labels")

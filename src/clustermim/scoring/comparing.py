@@ -6,7 +6,7 @@ import numpy as np
 
 from clustermim.errors import InputError, nearest
 from clustermim.scoring.figures import FIGURES, HIGHER_IS_BETTER
-from clustermim.scoring.intervals import LEVEL, Replicates, finite, spread
+from clustermim.scoring.intervals import LEVEL, spread
 from clustermim.scoring.tcas import TokenScore
 
 
@@ -54,10 +54,7 @@ def compare(a: TokenScore, b: TokenScore, figure: str | None = None) -> Comparis
     if ours is None or theirs is None or figure not in ours.full or figure not in theirs.full:
         raise InputError(f"{figure} is not known here: a class with a single image leaves plug-in figures only.")
     difference = float(getattr(a, figure) - getattr(b, figure))
-    paired = Replicates(
-        full={figure: ours.full[figure] - theirs.full[figure]}, half={figure: ours.half[figure] - theirs.half[figure]}
-    )
-    likely = spread(difference, *finite(paired, figure), ours.widen)
+    likely = spread(difference, ours.minus(theirs, figure), figure)
     low, high = np.quantile(likely, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
     better = likely if figure in HIGHER_IS_BETTER else -likely
     # Rounding must not decide between tokenizers that are equal.

@@ -5,8 +5,9 @@ image on both sides of a cross-fit would let its tokens recognise themselves and
 s is a function of (s, b) alone, so two tokenizers scored on the same images meet the same resamples.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import TypeAlias
 
 import numpy as np
 from jaxtyping import Float64
@@ -16,10 +17,15 @@ from clustermim.scoring.figures import BOUNDS, figures
 from clustermim.scoring.folds import ImagePlan
 from clustermim.scoring.sums import BLOCK, TokenSummer
 
+Evaluate: TypeAlias = Callable[[np.ndarray], dict[str, np.ndarray]]
+"""Weights of the rows, (b, rows), to figures, (b,) each."""
+
 LEVEL = 0.95
 MOST_AT_ONCE = 64
-# Half steps are needed for one number, a ratio of variances; fewer than these tell nothing, more tell no more.
-FEWEST, MOST_HALF = 20, 200
+STEP = 0.125
+"""Small steps have weights 1 + STEP·(w − 1), where a resample has weights w."""
+# Small steps are needed for one number, a ratio of variances; fewer than these tell nothing, more tell no more.
+FEWEST, MOST_SMALL = 18, 120
 TINY = 1e-12
 
 
@@ -47,10 +53,25 @@ class Replicates:
 
     full: Mapping[str, Float64[np.ndarray, " b"]]
     """Images weighted by how often they were drawn; NaN where a resample lost a class."""
-    half: Mapping[str, Float64[np.ndarray, " h"]]
-    """The first resamples again, with weights half way to 1, by which `spread` knows the excess of the full ones."""
+    small: Mapping[str, Float64[np.ndarray, " h"]]
+    """The first resamples again, in small steps from the sample: the figure's move, divided by the step."""
+    mixed: Mapping[str, Float64[np.ndarray, " m"]]
+    """What two small steps together do beyond the sum of either: a mixed second difference over √2·STEP². Its square is
+    on average the variance that is due to pairs of images, with three times that of triples."""
+    triple: Mapping[str, Float64[np.ndarray, " t"]]
+    """What three do beyond any two: a mixed third difference over √6·STEP³, whose square is the variance of triples."""
     widen: float = 1.0
     """What the spread is to be multiplied with because resamples of few units vary too little."""
+
+    def minus(self, other: "Replicates", name: str) -> "Replicates":
+        """One figure's difference to that of other tokens under the same resamples."""
+        return Replicates(
+            full={name: self.full[name] - other.full[name]},
+            small={name: self.small[name] - other.small[name]},
+            mixed={name: self.mixed[name] - other.mixed[name]},
+            triple={name: self.triple[name] - other.triple[name]},
+            widen=self.widen,
+        )
 
 
 def bootstrap_figures(counts: RowCounts, plan: ImagePlan, replicates: int, seed: int) -> Replicates:
@@ -70,16 +91,48 @@ def bootstrap_figures(counts: RowCounts, plan: ImagePlan, replicates: int, seed:
     summer = TokenSummer(counts)
     images = np.arange(plan.num_images) if counts.row_image is None else counts.row_image
     classes, folds = counts.num_classes, max(1, counts.num_folds)
-    block = int(np.clip(BLOCK // (classes * max(folds * 16, folds * classes)), 1, MOST_AT_ONCE))
-    full, half = [], []
+    block = int(np.clip(BLOCK // (classes * max(folds * 16, folds * classes)), 3, MOST_AT_ONCE))
+    block -= block % 3  # three resamples at a time make the mixed differences
+    here = figures(summer.sums(np.ones((1, len(images)))))
+    full: list[dict[str, np.ndarray]] = []
+    small, mixed, triple = list(full), list(full), list(full)
     done = 0
     for drawn in resamples(plan, replicates, seed, block):
         weights = drawn[:, images]
         full.append(figures(summer.sums(weights)))
-        if done < MOST_HALF:
-            half.append(figures(summer.sums((1.0 + weights[: MOST_HALF - done]) / 2)))
+        threes = min(len(weights), MOST_SMALL - done) // 3
         done += len(weights)
-    return Replicates(full=_joined(full), half=_joined(half), widen=widening(plan))
+        if threes > 0:
+            moves = _small_moves(lambda w: figures(summer.sums(w)), STEP * (weights[: 3 * threes] - 1.0), here)
+            for held, found in zip((small, mixed, triple), moves, strict=True):
+                held.append(found)
+    none = {name: np.empty(0) for name in here}
+    return Replicates(
+        full=_joined(full),
+        small=_joined(small) if small else none,
+        mixed=_joined(mixed) if mixed else none,
+        triple=_joined(triple) if triple else none,
+        widen=widening(plan),
+    )
+
+
+def _small_moves(
+    evaluate: Evaluate, steps: Float64[np.ndarray, "b rows"], here: Mapping[str, np.ndarray]
+) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray], dict[str, np.ndarray]]:
+    """`small`, `mixed` and `triple` of `Replicates`, from three resamples at a time."""
+    a, b, c = steps[::3], steps[1::3], steps[2::3]
+    alone = [evaluate(1.0 + step) for step in (a, b, c)]
+    twos = [evaluate(1.0 + step) for step in (a + b, a + c, b + c)]
+    threes = evaluate(1.0 + a + b + c)
+    small, mixed, triple = {}, {}, {}
+    for name, value in here.items():
+        one = [found[name] for found in alone]
+        two = [found[name] for found in twos]
+        small[name] = np.concatenate([move - value for move in one]) / STEP
+        pairs = [two[n] - one[i] - one[j] + value for n, (i, j) in enumerate(((0, 1), (0, 2), (1, 2)))]
+        mixed[name] = np.concatenate(pairs) / (np.sqrt(2.0) * STEP**2)
+        triple[name] = (threes[name] - sum(two) + sum(one) - value) / (np.sqrt(6.0) * STEP**3)
+    return small, mixed, triple
 
 
 def widening(plan: ImagePlan) -> float:
@@ -92,35 +145,40 @@ def _joined(parts: Sequence[Mapping[str, np.ndarray]]) -> dict[str, np.ndarray]:
     return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
 
 
-def spread(
-    value: float, full: Float64[np.ndarray, " b"], half: Float64[np.ndarray, " h"] | None, widen: float = 1.0
-) -> Float64[np.ndarray, " b"]:
+def spread(value: float, replicates: Replicates, name: str) -> Float64[np.ndarray, " b"]:
     """Replicates of the true value: resamples mirrored at the estimate, their excess spread taken out.
 
     A basic interval is made of 2θ − θ*, which also takes out the bias that resampling shows: fewer distinct images
     raise plug-in figures and lower cross-fitted ones (Davison and Hinkley, Bootstrap Methods and their Application,
     1997, section 5.2). But a figure that pairs images with images, as every class walk does, has a part that a
-    resample spreads three times too wide in variance, since there both images of a pair are drawn anew: with weights
-    1 + s·e, that part has (2 + s²) times its variance and the rest once. Full and half steps (s = 1, ½) tell the two
-    apart (docs/theory.md), and the replicates are drawn together round their mean until the excess is gone.
+    resample spreads three times too wide in variance, since there both images of a pair are drawn anew; a small step
+    spreads it twice too wide, as the jackknife does (Efron and Stein, The jackknife estimate of variance, Annals of
+    Statistics 1981). How much is due to pairs, and to triples, mixed differences of small steps tell, and the
+    replicates are drawn together round their mean until the excess is gone (docs/theory.md).
 
     Parameters
     ----------
     value
         The estimate θ.
-    full, half
-        Its values under full and half steps, without NaN; half None (or too few) for no correction.
-    widen
-        See `widening`.
+    replicates
+        Of this figure or several. Resamples that lost a class are left out; then, and with fewer than 20 resamples,
+        nothing is known of pairs and the spread stays too wide.
+    name
+        Which figure.
     """
-    centre = full.mean()
-    ratio = widen
-    if half is not None and len(half) >= FEWEST and full.std() > TINY:
-        own = full[: len(half)]
-        whole, part = own.var(), 4 * half.var()
-        if whole > 0:
-            pairs = np.clip((whole - part) / 0.75, 0.0, whole / 3)
-            ratio = widen * float(np.sqrt(1.0 - 2 * pairs / whole))
+    full, small, mixed = replicates.full[name], replicates.small[name], replicates.mixed[name]
+    kept = np.isfinite(full)
+    ratio = replicates.widen
+    # The number of used tokens is no smooth function of the weights: a small step loses none.
+    smooth = name != "used_tokens" and bool(kept.all()) and len(mixed) >= FEWEST
+    full = full[kept]
+    if smooth and full.std() > TINY:
+        own, step = full[: len(small)].var(), small.var()
+        pairs, triples = float(np.mean(mixed**2)), float(np.mean(replicates.triple[name] ** 2))
+        # Where a figure is all pairs, half of the small steps' variance is left.
+        fair = min(max(step - pairs + triples, step / 2), own)
+        ratio *= float(np.sqrt(fair / own)) if own > 0 else 1.0
+    centre = full.mean() if len(full) else 0.0
     return np.asarray(2 * value - centre - ratio * (full - centre))
 
 
@@ -144,20 +202,9 @@ def basic_intervals(
     bounds = BOUNDS | {"perplexity": (1.0, vocab_size), "used_tokens": (1.0, vocab_size)}
     out: dict[str, tuple[float, float]] = {}
     for name, value in values.items():
-        full, half = finite(replicates, name)
-        if not len(full):
+        likely = spread(value, replicates, name)
+        if not len(likely):
             continue
-        # The number of used tokens is no smooth function of the weights: half a step loses none.
-        ends = np.quantile(
-            spread(value, full, None if name == "used_tokens" else half, replicates.widen), [tail, 1 - tail]
-        )
-        low, high = np.clip(ends, *bounds.get(name, (0.0, np.inf)))
+        low, high = np.clip(np.quantile(likely, [tail, 1 - tail]), *bounds.get(name, (0.0, np.inf)))
         out[name] = (float(low), float(high))
     return out
-
-
-def finite(replicates: Replicates, name: str) -> tuple[np.ndarray, np.ndarray | None]:
-    """Full and half replicates of a figure without those that lost a class; no half ones where they do not pair."""
-    full, half = replicates.full[name], replicates.half[name]
-    kept = np.isfinite(full)
-    return full[kept], half if bool(kept.all()) else None

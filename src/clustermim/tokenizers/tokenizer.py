@@ -35,6 +35,7 @@ Module = TypeVar("Module", bound=nn.Module)
 # kind -> class; imported on first use
 KINDS = {
     "kmeans": "clustermim.tokenizers.tokenizer:KMeansTokenizer",
+    "aligned": "clustermim.tokenizers.aligned:AlignedTokenizer",
     "vqvae": "clustermim.tokenizers.vqvae.tokenizer:VQVAETokenizer",
     "random-centroids": "clustermim.tokenizers.controls:RandomCentroidsTokenizer",
     "identity": "clustermim.tokenizers.controls:IdentityTokenizer",

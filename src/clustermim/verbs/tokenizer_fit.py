@@ -22,6 +22,7 @@ from clustermim.tokenizers.fitting import fit
 from clustermim.tokenizers.tokenizer import Tokenizer, load_tokenizer
 from clustermim.tokenizers.vqvae.training import VQVAEConfig
 from clustermim.training.launch import Device, resolve_device
+from clustermim.verbs.align_tokens import fit_aligned, gain_sentence, plan_alignment
 from clustermim.verbs.train_vqvae import train_into
 
 Kind = Literal["kmeans", "vqvae", "identity", "random", "random-centroids", "position", "oracle"]
@@ -43,6 +44,9 @@ def fit_tokenizer(
     n_init: int | None = None,
     max_passes: int = 20,
     tol: float = 1e-3,
+    align_with: Literal["labels"] | None = None,
+    align_from: int | None = None,
+    align_images: int | None = None,
     batch_size: int = 256,
     device: Device = "auto",
     workers: int | None = None,
@@ -81,6 +85,13 @@ def fit_tokenizer(
         At most so many passes over all patches.
     tol
         Stop when a pass lowers the inertia by less than this share.
+    align_with
+        labels: cluster into more tokens and merge them down to k so that they line up with classes; the gain over plain
+        K-means of k tokens is measured on labelled images that took no part.
+    align_from
+        Tokens before merging. Default: 20 times k, at most 2,000 or 4 times k.
+    align_images
+        Labelled images to merge by; the others judge. Default: half of them.
     batch_size
         Images described at once; the result does not depend on it. For vqvae the images of a training step, at most
         all of them.
@@ -129,6 +140,13 @@ def fit_tokenizer(
         "batch_size": batch_size,
         "workers": workers,
     }
+    make: Callable[[], Tokenizer] = partial(fit, source, features=features, device=where, progress=True, **fitted)
+    if align_with is not None:
+        plan = plan_alignment(source, k, fine=align_from, images=align_images, kind=kind, seed=seed)
+        make = partial(fit_aligned, source, plan, features=features, device=where, progress=True, **fitted)
+        fitted |= {"align_with": align_with, "align_from": align_from, "align_images": align_images}
+    elif align_from is not None or align_images is not None:
+        raise InputError("--align-from and --align-images say how to align: add --align-with labels.")
     if kind == "vqvae":
         how = vqvae or VQVAEConfig()
         if out is None and how.max_minutes is not None:
@@ -141,14 +159,15 @@ def fit_tokenizer(
             settings = {key: value for key, value in settings.items() if value is not None}
             tokenizer = train_into(out, source, settings, config=how, device=device, resume=resume, **sizes)
     elif out is None:
-        tokenizer = fit(source, features=features, device=where, progress=True, **fitted)
+        tokenizer = make()
     else:
         spec = features.spec if isinstance(features, PatchFeatures) else features
         config = {"data": source.name, "features": spec, **fitted, "device": device, **options.given()}
         config = {key: value for key, value in config.items() if value is not None}
         run = RunDirectory(out, _KIND, config, resume=resume, volatile=_VOLATILE)
-        make = partial(fit, source, features=features, device=where, progress=True, **fitted)
         tokenizer = _fit_into(run, source, make)
+    if message := gain_sentence(tokenizer):
+        Console(stderr=True).print(message, markup=False, highlight=False)
     if json is not None:
         atomic_write(json, jsonlib.dumps(tokenizer.rows(), indent=1))
     return tokenizer
