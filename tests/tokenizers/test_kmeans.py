@@ -11,10 +11,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from sklearn.cluster import KMeans
 
-import clustermim.tokenizers.kmeans as kmeans_module
 import clustermim.tokenizers.streams as streams
 from clustermim.errors import InputError
 from clustermim.tokenizers.kmeans import KMeansResult, fit_kmeans
+from clustermim.tokenizers.lloyd import add_up, lloyd_steps
+from clustermim.tokenizers.sampling import draw_sample
 
 Blocks = Callable[[], Iterable[torch.Tensor]]
 
@@ -109,7 +110,7 @@ def test_the_sample_is_uniform_and_each_prefix_too() -> None:
     x = torch.arange(20_000.0)[:, None]
     with streams.PassProgress("rows", show=False) as bar:
         stream = streams.RowStream(cut(x, 333), unit=False, bar=bar)
-        sample = streams.draw_sample(stream, 2, 0, 2000)[:, 0]
+        sample = draw_sample(stream, 2, 0, 2000).rows[:, 0]
     assert stream.num_rows == 20_000 and stream.largest == 19_999
     assert len(sample) == 2000 == len(sample.unique())
     for rows in (200, 2000):
@@ -135,7 +136,7 @@ def test_empty_clusters_move_to_the_rows_of_largest_error() -> None:
     start = torch.cat([0.1 * gaussian(0, 2, 2), 1e4 + gaussian(1, 4, 2)])  # four centroids that no row is near
     data = streams.RowsInMemory(x)
     history: list[dict[str, float | int | str]] = []
-    found, centroids = kmeans_module._steps(data, start, "l2", 20, 1e-3, history, "full")
+    found, centroids = lloyd_steps(data, start, "l2", 20, 1e-3, history, "full")
     assert [step["empty"] for step in history][:3] == [4, 4, 0]
     assert not len(found.empty)
     assert float(torch.cdist(x[-4:], centroids).min(1).values.max()) < 1e-4
@@ -158,8 +159,8 @@ def test_as_many_clusters_as_distinct_rows(k: int, copies: int, seed: int) -> No
 def test_integer_sums_agree_with_float_sums(monkeypatch: pytest.MonkeyPatch) -> None:
     """The order-free sums that accelerators use, tried on the CPU."""
     x = 5 * gaussian(0, 3000, 4)
-    plain = kmeans_module.add_up(streams.RowsInMemory(x), x[:8].clone(), "l2", 0, exact_order=True)
-    fixed = kmeans_module.add_up(streams.RowsInMemory(x), x[:8].clone(), "l2", 0, exact_order=False)
+    plain = add_up(streams.RowsInMemory(x), x[:8].clone(), "l2", 0, exact_order=True)
+    fixed = add_up(streams.RowsInMemory(x), x[:8].clone(), "l2", 0, exact_order=False)
     torch.testing.assert_close(fixed.sums, plain.sums, rtol=1e-12, atol=1e-6)
     assert torch.equal(fixed.counts, plain.counts) and fixed.inertia == pytest.approx(plain.inertia, rel=1e-9)
 

@@ -16,7 +16,8 @@ from clustermim.features.moments import Spread
 from clustermim.features.patches import PatchFeatures, make_features
 from clustermim.runs import environment_facts
 from clustermim.tokenizers.codebook import Codebook
-from clustermim.tokenizers.kmeans import FitMetric, fit_kmeans
+from clustermim.tokenizers.kmeans import fit_kmeans
+from clustermim.tokenizers.lloyd import FitMetric
 from clustermim.tokenizers.progress import PassProgress
 from clustermim.tokenizers.signatures import note_signatures, starts_of
 from clustermim.tokenizers.streams import Blocks

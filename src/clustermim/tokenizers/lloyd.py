@@ -1,0 +1,203 @@
+"""Lloyd's step over rows that come in blocks and over several processes: exact sums, and where centroids go next.
+
+Steps are lengthened where that helps (Salakhutdinov and Roweis, "Adaptive overrelaxed bound optimization methods", ICML
+2003): a centroid moves `pace` times the way to its mean. The pace grows while the inertia falls; as soon as it rises,
+the next step is a plain one.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
+
+import torch
+from jaxtyping import Float, Int64
+from torch import Tensor
+
+from clustermim.errors import InputError
+from clustermim.tokenizers.codebook import Assigner
+from clustermim.tokenizers.streams import RowsInMemory, RowStream
+
+FitMetric = Literal["l2", "cosine"]
+Step = dict[str, float | int | str]
+
+_PACES = (1.0, 1.25, 1.5, 1.7)
+_EXACT_SCORES = 1 << 20
+
+
+@dataclass(frozen=True)
+class Sums:
+    """What one pass over the rows yields for given centroids."""
+
+    sums: Tensor  # (K, D) float64, on the CPU
+    counts: Tensor  # (K,) int64, on the CPU
+    inertia: float
+    worst: Tensor  # (m, D) distinct rows far from their centroids, the farthest first; empty unless asked for
+
+    @property
+    def empty(self) -> Tensor:
+        """The clusters without rows."""
+        return (self.counts == 0).nonzero()[:, 0]
+
+
+@dataclass
+class Progress:
+    """Where a series of steps stands, between two of them."""
+
+    steps: int = 0
+    before: float = math.inf  # the last inertia
+    pace: int = 0  # which of `_PACES` was used for the last step
+    worst: int = 0  # rows to remember; only a pass after one with empty clusters pays for that
+    reseeded: bool = False
+
+    def to_dict(self) -> dict[str, Any]:
+        """For a checkpoint."""
+        return asdict(self)
+
+
+def nearest_to(centroids: Float[Tensor, "k d"], metric: FitMetric) -> Callable[[Tensor], Tensor]:
+    """The search for the nearest centroid: `Assigner`, and for float64 rows the same in float64."""
+    if centroids.dtype != torch.float64:
+        return Assigner(centroids, metric)
+    bias = centroids.square().sum(1).mul(-0.5) if metric == "l2" else centroids.new_zeros(len(centroids))
+
+    def assign(rows: Float[Tensor, "n d"]) -> Int64[Tensor, " n"]:
+        parts = torch.split(rows, max(_EXACT_SCORES // len(centroids), 1))
+        return torch.cat([torch.addmm(bias, part, centroids.t()).max(1).indices for part in parts])
+
+    return assign
+
+
+def add_up(
+    data: RowStream | RowsInMemory, centroids: Tensor, metric: FitMetric, worst: int, *, exact_order: bool
+) -> Sums:
+    """Assign every row once and add up the clusters; keep the `worst` rows of largest error if asked.
+
+    `exact_order`: float64 sums in the order of the rows, for a CPU. Elsewhere adds are atomic and come in any order,
+    so they are made in integers, where order does not matter: each value is rounded to a multiple of 1/scale, far
+    below float32's own step.
+    """
+    k, dim = centroids.shape
+    assign = nearest_to(centroids, metric)
+    counts = torch.zeros(k, dtype=torch.int64)
+    sums = torch.zeros(k, dim, dtype=torch.float64 if exact_order else torch.int64, device=centroids.device)
+    assert data.num_rows is not None
+    scale = 2.0 ** min(62 - math.ceil(math.log2(max(data.largest * data.num_rows, 1e-30))), 100)
+    far = centroids.new_empty(0, dim)
+    far_error = centroids.new_empty(0)
+    rows = 0
+    for block in data():
+        ids = assign(block)
+        counts += torch.bincount(ids, minlength=k).cpu()
+        sums.index_add_(0, ids, block.double() if exact_order else (block * scale).round().long())
+        rows += len(block)
+        if worst:
+            error = (block - centroids[ids]).square().sum(1)
+            far, far_error = _farthest(torch.cat([far, block]), torch.cat([far_error, error]), worst)
+    others = data.processes
+    rows = sum(others.sizes(rows))
+    if rows != data.num_rows:
+        raise InputError(f"The patches changed between two passes: {data.num_rows} at first, {rows} now.")
+    if worst:
+        far, _ = _farthest(others.join(far), others.join(far_error), worst)
+    counts, sums = others.add(counts), others.add(sums)
+    exact = sums.cpu().double() / (1.0 if exact_order else scale)
+    c = centroids.cpu().double()
+    inertia = data.square_sum - 2.0 * float((c * exact).sum()) + float((c.square().sum(1) * counts).sum())
+    return Sums(exact, counts, max(inertia, 0.0), far)
+
+
+def _farthest(rows: Tensor, error: Tensor, most: int) -> tuple[Tensor, Tensor]:
+    """Distinct rows of the largest error, the largest first."""
+    order = error.argsort(descending=True, stable=True)
+    fresh = torch.ones(len(order), dtype=torch.bool, device=order.device)
+    fresh[1:] = error[order[1:]] != error[order[:-1]]  # equal rows have equal errors: one of them will do
+    order = order[fresh][:most]
+    return rows[order], error[order]
+
+
+def moved(centroids: Tensor, found: Sums, metric: FitMetric, pace: float = 1.0) -> Tensor:
+    """Where the centroids go: `pace` times the way to the means of their clusters.
+
+    An empty cluster stays where it is, or moves to one of the worst rows if there are any.
+    """
+    used = found.counts > 0
+    means = found.sums / found.counts.clamp_min(1)[:, None]
+    if metric == "cosine":
+        length = found.sums.norm(dim=1)
+        used &= length > 0  # rows that cancel out have no direction
+        means = found.sums / length.clamp_min(1e-300)[:, None]
+    if pace != 1.0:
+        here = centroids.cpu().double()
+        means = here + pace * (means - here)
+        if metric == "cosine":
+            means = means / means.norm(dim=1, keepdim=True).clamp_min(1e-300)
+    means = means.to(centroids.dtype).to(centroids.device)
+    centroids = torch.where(used[:, None].to(centroids.device), means, centroids)
+    if not len(found.empty) or not len(found.worst):
+        return centroids
+    # Farthest first, each pick lowering the error of its neighbours, so that two clusters do not land on one spot.
+    others = centroids[used.to(centroids.device)]
+    error = (found.worst - others[nearest_to(others, "l2")(found.worst)]).square().sum(1)
+    for slot in found.empty.tolist():
+        pick = int(error.argmax())
+        if float(error[pick]) <= 0.0:
+            break
+        centroids[slot] = found.worst[pick]
+        error = torch.minimum(error, (found.worst - found.worst[pick]).square().sum(1))
+    return centroids
+
+
+def lloyd_steps(
+    data: RowStream | RowsInMemory,
+    centroids: Tensor,
+    metric: FitMetric,
+    most: int,
+    tol: float,
+    history: list[Step],
+    stage: str,
+    *,
+    progress: Progress | None = None,
+    after: Callable[[Tensor, Progress], None] = lambda centroids, progress: None,
+) -> tuple[Sums, Tensor]:
+    """Lloyd steps until the inertia falls by less than `tol` of itself; the centroids are those that were measured.
+
+    Parameters
+    ----------
+    data
+        Rows.
+    centroids
+        (K, D), where to start or to go on.
+    metric
+        ``"l2"`` or ``"cosine"``.
+    most
+        Steps at most, counted from the first, also where `progress` goes on from a later one.
+    tol
+        Share of the inertia.
+    history
+        Gets a row a step.
+    stage
+        For the rows of the history.
+    progress
+        Where to go on.
+    after
+        Called after every step but the last with what a checkpoint has to hold.
+    """
+    now = progress or Progress()
+    while True:
+        found = add_up(data, centroids, metric, now.worst, exact_order=centroids.device.type == "cpu")
+        empty = len(found.empty)
+        mean = found.inertia / max(data.num_rows or 0, 1)
+        history.append({"stage": stage, "rows": data.num_rows or 0, "inertia": mean, "empty": empty})
+        gain = now.before - found.inertia
+        overshot = gain < 0.0 and _PACES[now.pace] > 1.0
+        small = now.steps > 0 and gain <= tol * now.before and not overshot
+        now.steps += 1
+        if (small and (not empty or now.reseeded)) or found.inertia == 0.0 or now.steps >= most:
+            return found, centroids
+        # A first step on new rows also takes back what was peculiar to the rows before: no longer than needed.
+        now.pace = 0 if overshot or now.steps == 1 else min(now.pace + 1, len(_PACES) - 1)
+        now.before, now.reseeded = found.inertia, empty > 0 and now.worst > 0
+        centroids = moved(centroids, found, metric, _PACES[now.pace])
+        now.worst = max(4 * empty, 64) if empty else 0
+        after(centroids, now)
