@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from sklearn.cluster import KMeans
 
 import clustermim.tokenizers.streams as streams
+from clustermim.data.counted import Stream, counter_hash
 from clustermim.errors import InputError
 from clustermim.tokenizers.kmeans import KMeansResult, fit_kmeans
 from clustermim.tokenizers.lloyd import add_up, lloyd_steps
@@ -106,6 +107,18 @@ def test_no_global_randomness() -> None:
 
 
 @pytest.mark.usefixtures("small_blocks")
+@settings(deadline=None, max_examples=15)
+@given(n=st.integers(1, 3000), limit=st.integers(4, 900), rows=st.integers(1, 700), seed=st.integers(0, 9))
+def test_the_sample_is_the_rows_of_the_smallest_hashes(n: int, limit: int, rows: int, seed: int) -> None:
+    x = torch.arange(float(n))[:, None].repeat(1, 2)
+    with streams.PassProgress("rows", show=False) as bar:
+        sample = draw_sample(streams.RowStream(cut(x, rows), unit=False, bar=bar), 1, seed, limit)
+    keys = counter_hash(seed, Stream.SAMPLE, torch.arange(n))
+    assert sample.rows[:, 0].long().tolist() == keys.argsort()[:limit].tolist()
+    assert len(sample) == min(n, limit) and sample.prefix(2).num_rows == min(n, 2)
+
+
+@pytest.mark.usefixtures("small_blocks")
 def test_the_sample_is_uniform_and_each_prefix_too() -> None:
     x = torch.arange(20_000.0)[:, None]
     with streams.PassProgress("rows", show=False) as bar:
@@ -156,6 +169,36 @@ def test_as_many_clusters_as_distinct_rows(k: int, copies: int, seed: int) -> No
         fit_kmeans(cut(x, 50), k + 1, seed=seed)
 
 
+def test_every_start_tells_its_inertia_and_the_best_goes_on() -> None:
+    x = gaussian(0, 900, 3)
+    for count in (1, 5):
+        result = fit_kmeans(cut(x, 100), 12, n_init=count)
+        assert len(result.starts) == count
+        full = next(step["inertia"] for step in result.history if step["stage"] == "full")
+        assert float(full) == pytest.approx(min(result.starts), rel=1e-6)
+
+
+def test_float64_rows_are_clustered_in_float64() -> None:
+    x = 1e3 + gaussian(0, 800, 3).double()
+    result = fit_kmeans(cut(x, 100), 5, tol=0.0, max_passes=200)
+    assert result.centroids.dtype == torch.float64
+    ids = torch.cdist(x - 1e3, result.centroids - 1e3).argmin(1)
+    for i in range(5):
+        torch.testing.assert_close(result.centroids[i], x[ids == i].mean(0), rtol=0.0, atol=1e-5)
+
+
+def test_longer_steps_need_fewer_of_them_and_end_no_worse() -> None:
+    x = gaussian(0, 4000, 4)
+    plain = x[:64].clone()
+    for _ in range(25):
+        found = add_up(streams.RowsInMemory(x), plain, "l2", 0, exact_order=True)
+        plain = (found.sums / found.counts.clamp_min(1)[:, None]).float()
+    history: list[dict[str, float | int | str]] = []
+    lloyd_steps(streams.RowsInMemory(x), x[:64].clone(), "l2", 25, 0.0, history, "full")
+    assert float(history[-1]["inertia"]) < found.inertia / len(x)
+    assert any(float(step["inertia"]) < found.inertia / len(x) for step in history[:20])
+
+
 def test_integer_sums_agree_with_float_sums(monkeypatch: pytest.MonkeyPatch) -> None:
     """The order-free sums that accelerators use, tried on the CPU."""
     x = 5 * gaussian(0, 3000, 4)
@@ -192,6 +235,12 @@ def test_no_rows_and_rows_that_change() -> None:
     sizes = iter([5000, 4000, 4000])
     with pytest.raises(InputError, match="5000 at first, 4000 now"):
         fit_kmeans(lambda: iter([gaussian(0, next(sizes), 2)]), 4, sample_size=1000)
+
+
+@pytest.mark.parametrize("metric", ["l2", "cosine"])
+def test_rows_that_are_all_the_same(metric: str) -> None:
+    with pytest.raises(InputError, match="no variance"):
+        fit_kmeans(cut(torch.ones(500, 3), 100), 4, metric=metric)  # type: ignore[arg-type]
 
 
 def test_zero_vectors_have_no_direction_and_do_no_harm() -> None:

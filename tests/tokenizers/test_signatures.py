@@ -30,18 +30,6 @@ def test_starts_that_disagree() -> None:
     assert "--n-init to 12" in found.says
 
 
-def test_the_end_of_each_start_is_found_in_the_history() -> None:
-    steps = [("start", 9.0), ("start", 5.0), ("start", 7.0), ("start", 4.0), ("start", 4.5), ("sample", 3.0)]
-    assert signatures.starts_of([{"stage": s, "inertia": i} for s, i in steps]) == [5.0, 4.0, 4.5]
-    x = gaussian(0, 900, 3)
-    for starts in (1, 5):
-        history = fit_kmeans(lambda: iter([x]), 12, n_init=starts).history
-        found = signatures.starts_of(history)
-        assert len(found) == starts and min(found) > 0
-    # The best of them is where the fit on all rows began.
-    assert min(found) >= next(step["inertia"] for step in history if step["stage"] == "full") * (1 - 1e-9)
-
-
 def test_unused_tokens() -> None:
     assert signatures.unused_tokens(100, 100) is None and signatures.unused_tokens(995, 1000) is None
     found = signatures.unused_tokens(40, 50)

@@ -64,6 +64,11 @@ class Loader:
         total = len(self.source)
         return range(total * self.rank // self.world_size, total * (self.rank + 1) // self.world_size)
 
+    @property
+    def first_image(self) -> int:
+        """Index of the first image that this rank sees when not training."""
+        return self._eval_range().start
+
     def __len__(self) -> int:
         """Batches of an epoch on this rank."""
         if self.train:

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from jaxtyping import Float
+from lightning_fabric import Fabric
 from torch import Tensor
 
 from clustermim.data.counted import Stream, uniform
@@ -19,12 +20,13 @@ from clustermim.tokenizers.codebook import Codebook
 from clustermim.tokenizers.kmeans import fit_kmeans
 from clustermim.tokenizers.lloyd import FitMetric
 from clustermim.tokenizers.progress import PassProgress
-from clustermim.tokenizers.signatures import note_signatures, starts_of
+from clustermim.tokenizers.signatures import note_signatures
 from clustermim.tokenizers.streams import Blocks
 from clustermim.tokenizers.tokenizer import KMeansTokenizer, Tokenizer, class_of
 from clustermim.tokenizers.vqvae.fitting import fit_vqvae
 from clustermim.tokenizers.vqvae.training import VQVAEConfig
-from clustermim.training.launch import Device, make_fabric
+from clustermim.training.checkpoints import Checkpoints
+from clustermim.training.launch import Device, StopRequest, make_fabric
 
 
 def fit(
@@ -44,6 +46,9 @@ def fit(
     workers: int | None = None,
     progress: bool = False,
     vqvae: VQVAEConfig | None = None,
+    fabric: Fabric | None = None,
+    checkpoints: Checkpoints | None = None,
+    stop: StopRequest | None = None,
 ) -> Tokenizer:
     """Make a tokenizer of any kind from the eval views of a source; a VQ-VAE from its train views.
 
@@ -71,6 +76,10 @@ def fit(
         Show a bar on stderr.
     vqvae
         How a VQ-VAE is trained; only for that kind, and there `batch_size` is the number of images of a step.
+    fabric
+        For K-means. Launched; its processes share the images out among them and get the same tokenizer. None: this process alone.
+    checkpoints, stop
+        As for `fit_kmeans`.
 
     Returns
     -------
@@ -102,8 +111,8 @@ def fit(
     facts = provenance(source, seed)
     if kind == "vqvae":
         how = vqvae or VQVAEConfig()
-        fabric = make_fabric(_kind_of(device), precision=how.precision)
-        fabric.launch()
+        own = make_fabric(_kind_of(device), precision=how.precision)
+        own.launch()
         return fit_vqvae(
             source,
             patch_size=patch_size,
@@ -111,7 +120,7 @@ def fit(
             seed=seed,
             batch_size=batch_size,
             config=how,
-            fabric=fabric,
+            fabric=own,
             workers=workers,
             facts=facts,
         )
@@ -129,7 +138,17 @@ def fit(
         raise InputError(f"Tokenizers of kind {kind!r} cannot be fitted here.")
 
     described = make_features(features, patch_size=patch_size, view=view).to(device)
-    loader = make_loader(source, view, batch_size=batch_size, train=False, device=device, workers=workers)
+    rank, processes = (0, 1) if fabric is None or kind != "kmeans" else (fabric.global_rank, fabric.world_size)
+    loader = make_loader(
+        source,
+        view,
+        batch_size=batch_size,
+        train=False,
+        device=device,
+        workers=workers,
+        rank=rank,
+        world_size=processes,
+    )
 
     if described.needs_fit:
         facts |= _fit_features(described, loader, progress)
@@ -149,7 +168,18 @@ def fit(
         centroids = _gaussian_like(blocks, k, seed, progress)
     else:
         result = fit_kmeans(
-            blocks, k, metric=metric, seed=seed, n_init=n_init, max_passes=max_passes, tol=tol, progress=progress
+            blocks,
+            k,
+            metric=metric,
+            seed=seed,
+            n_init=n_init,
+            max_passes=max_passes,
+            tol=tol,
+            progress=progress,
+            first_row=loader.first_image * grid[0] * grid[1],
+            device=device,
+            checkpoints=checkpoints,
+            stop=stop,
         )
         centroids = result.centroids
         full = [step for step in result.history if step["stage"] == "full"]
@@ -158,7 +188,7 @@ def fit(
             "inertia": result.inertia,
             "inertia_per_patch": result.inertia / result.num_rows,
             "full_passes": len(full),
-            "starts": starts_of(result.history),
+            "starts": result.starts,
             "used_tokens": int((result.counts > 0).sum()),
             "perplexity": _perplexity(result.counts),
         }

@@ -4,9 +4,7 @@ Every finding is a pure function of a few numbers, so that it can be provoked in
 numbers after a fit and writes what was found into the tokenizer's facts.
 """
 
-import itertools
-import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -61,12 +59,6 @@ class Signature:
     """What was measured, as the sentence says it."""
     says: str
     """The finding, and what to do about it."""
-
-
-def starts_of(history: Sequence[Mapping[str, Any]]) -> list[float]:
-    """The inertia in which each start of K-means ended, from the steps it made: a rise begins the next start."""
-    steps = [float(step["inertia"]) for step in history if step["stage"] == "start"]
-    return [now for now, then in itertools.pairwise([*steps, math.inf]) if then > now]
 
 
 def start_spread(inertias: Sequence[float]) -> Signature | None:

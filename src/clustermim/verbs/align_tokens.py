@@ -25,7 +25,7 @@ from clustermim.scoring.tcas import score_counts
 from clustermim.tokenizers.aligned import AlignedTokenizer, merge_vocabulary
 from clustermim.tokenizers.fitting import fit
 from clustermim.tokenizers.tokenizer import KMeansTokenizer, Tokenizer
-from clustermim.training.launch import resolve_device
+from clustermim.training.checkpoints import Checkpoints
 
 MOST_JUDGED = 10_000
 """Held-out images that the gain is measured on, at most: more would narrow the interval below what matters."""
@@ -99,7 +99,15 @@ def plan_alignment(
 
 
 def fit_aligned(
-    source: ImageSource, plan: AlignPlan, *, k: int, batch_size: int, workers: int | None, device: str, **fitted: Any
+    source: ImageSource,
+    plan: AlignPlan,
+    *,
+    k: int,
+    batch_size: int,
+    workers: int | None,
+    device: str | torch.device,
+    checkpoints: Checkpoints | None = None,
+    **fitted: Any,
 ) -> AlignedTokenizer:
     """Fit the fine and the plain vocabulary, merge the fine one, and measure what that gained.
 
@@ -111,6 +119,8 @@ def fit_aligned(
         Tokens wanted.
     batch_size, workers, device
         As for `fit`.
+    checkpoints
+        In whose folder each of the two fits keeps its own.
     **fitted
         What else `fit` takes.
 
@@ -121,15 +131,17 @@ def fit_aligned(
         their difference with its 95 % interval, and the probability that it is above zero.
     """
     make = partial(fit, source, batch_size=batch_size, workers=workers, device=device, **fitted)
-    fine, plain = make(k=plan.fine), make(k=k)
+    fine, plain = (
+        make(k=plan.fine, checkpoints=_own(checkpoints, "fine")),
+        make(k=k, checkpoints=_own(checkpoints, "plain")),
+    )
     assert isinstance(fine, KMeansTokenizer)
     seed = int(fitted.get("seed", 0))
-    where = resolve_device(device)  # type: ignore[arg-type]
-    loader = make_loader(source, batch_size=batch_size, train=False, device=where, workers=workers)
+    loader = make_loader(source, batch_size=batch_size, train=False, device=device, workers=workers)
 
     def count(tokenizers: Mapping[str, Tokenizer], images: np.ndarray, per_image: bool) -> Mapping[str, TokenCounts]:
         for one in tokenizers.values():
-            one.to(where)
+            one.to(device)
         part = _part_plan(source, images, seed)
         return count_stream(tokenizers, _only(loader.epoch(), images), part, per_image=per_image).counts
 
@@ -160,6 +172,10 @@ def fit_aligned(
         }
     aligned.config["facts"] |= facts
     return aligned.cpu()
+
+
+def _own(checkpoints: Checkpoints | None, name: str) -> Checkpoints | None:
+    return None if checkpoints is None else Checkpoints(checkpoints.folder / name)
 
 
 def gain_sentence(tokenizer: Tokenizer) -> str | None:

@@ -3,13 +3,16 @@
 import contextlib
 import inspect
 import json as jsonlib
+import shutil
 from collections.abc import Callable
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
+import torch
 from cyclopts import Parameter
+from lightning_fabric import Fabric
 from rich.console import Console
 
 from clustermim.data.options import DEFAULTS, DataOptions
@@ -21,14 +24,15 @@ from clustermim.runs import RunDirectory, atomic_write
 from clustermim.tokenizers.fitting import fit
 from clustermim.tokenizers.tokenizer import Tokenizer, load_tokenizer
 from clustermim.tokenizers.vqvae.training import VQVAEConfig
-from clustermim.training.launch import Device, resolve_device
+from clustermim.training.checkpoints import Checkpoints
+from clustermim.training.launch import Device, enter_on_first, listen_for_stop, make_fabric
 from clustermim.verbs.align_tokens import fit_aligned, gain_sentence, plan_alignment
 from clustermim.verbs.train_vqvae import train_into
 
 Kind = Literal["kmeans", "vqvae", "identity", "random", "random-centroids", "position", "oracle"]
 
 _KIND = "tokenizer fit"
-_VOLATILE = ("device", "workers", "batch_size")  # of no influence on the tokens
+_VOLATILE = ("device", "devices", "workers", "batch_size")  # of no influence on the tokens
 
 
 def fit_tokenizer(
@@ -49,6 +53,7 @@ def fit_tokenizer(
     align_images: int | None = None,
     batch_size: int = 256,
     device: Device = "auto",
+    devices: int = 1,
     workers: int | None = None,
     resume: bool = False,
     json: Path | None = None,
@@ -97,11 +102,13 @@ def fit_tokenizer(
         all of them.
     device
         cpu, cuda or mps; auto takes the best there is.
+    devices
+        How many of them, a process each, which share the images out among them; under torchrun or SLURM their count is
+        taken from there. The tokens are those of one process.
     workers
         Processes that read images. Default: none where the images fit in memory, else one a core.
     resume
-        Into a folder where a fit was broken off: start it again, or for vqvae continue it exactly; where it was
-        finished: load it.
+        Into a folder where a fit was broken off: continue it exactly; where it was finished: load it.
     json
         Also write the table to this file.
     vqvae
@@ -118,13 +125,18 @@ def fit_tokenizer(
     ------
     InputError
         The data, the features or the options cannot be used; or `out` holds something else.
-    NonFiniteLossError, Stopped
+    NonFiniteLossError
         For vqvae, as for `pretrain`.
+    Stopped
+        On SIGTERM or SIGUSR1, where `out` is given: `resume` continues.
     """
     _refuse_inapplicable(kind, vqvae, features=features, metric=metric, n_init=n_init, max_passes=max_passes, tol=tol)
-    where = resolve_device(device)
+    fabric = _exact_fabric(device, devices)
+    if kind != "vqvae":  # which launches its own, of another precision
+        fabric.launch()
+    where = fabric.device
     source = open_source(data, options)
-    if message := source.skipped_message():
+    if message := source.skipped_message() if fabric.is_global_zero else None:
         Console(stderr=True).print(message, markup=False, highlight=False)
     side = default_patch_size(source.view.image_size) if patch_size is None else patch_size
     source.view.check_patch_size(side)
@@ -140,10 +152,11 @@ def fit_tokenizer(
         "batch_size": batch_size,
         "workers": workers,
     }
-    make: Callable[[], Tokenizer] = partial(fit, source, features=features, device=where, progress=True, **fitted)
+    common: dict[str, Any] = {"features": features, "device": where, "progress": True, "fabric": fabric}
+    make: Callable[..., Tokenizer] = partial(fit, source, **common, **fitted)
     if align_with is not None:
         plan = plan_alignment(source, k, fine=align_from, images=align_images, kind=kind, seed=seed)
-        make = partial(fit_aligned, source, plan, features=features, device=where, progress=True, **fitted)
+        make = partial(fit_aligned, source, plan, **common, **fitted)
         fitted |= {"align_with": align_with, "align_from": align_from, "align_images": align_images}
     elif align_from is not None or align_images is not None:
         raise InputError("--align-from and --align-images say how to align: add --align-with labels.")
@@ -155,20 +168,37 @@ def fit_tokenizer(
         if out is None:
             tokenizer = fit(source, kind=kind, device=where, vqvae=how, **sizes)
         else:
-            settings = {"data": source.name, "kind": kind, **sizes, "device": device, **asdict(how), **options.given()}
+            settings = {
+                "data": source.name,
+                "kind": kind,
+                **sizes,
+                "device": device,
+                "devices": devices,
+                **asdict(how),
+                **options.given(),
+            }
             settings = {key: value for key, value in settings.items() if value is not None}
-            tokenizer = train_into(out, source, settings, config=how, device=device, resume=resume, **sizes)
+            tokenizer = train_into(
+                out, source, settings, config=how, device=device, devices=devices, resume=resume, **sizes
+            )
     elif out is None:
         tokenizer = make()
     else:
         spec = features.spec if isinstance(features, PatchFeatures) else features
-        config = {"data": source.name, "features": spec, **fitted, "device": device, **options.given()}
+        config = {
+            "data": source.name,
+            "features": spec,
+            **fitted,
+            "device": device,
+            "devices": devices,
+            **options.given(),
+        }
         config = {key: value for key, value in config.items() if value is not None}
         run = RunDirectory(out, _KIND, config, resume=resume, volatile=_VOLATILE)
-        tokenizer = _fit_into(run, source, make)
-    if message := gain_sentence(tokenizer):
+        tokenizer = _fit_into(fabric, run, source, make)
+    if (message := gain_sentence(tokenizer)) and fabric.is_global_zero:
         Console(stderr=True).print(message, markup=False, highlight=False)
-    if json is not None:
+    if json is not None and fabric.is_global_zero:
         atomic_write(json, jsonlib.dumps(tokenizer.rows(), indent=1))
     return tokenizer
 
@@ -185,26 +215,57 @@ def _refuse_inapplicable(kind: str, vqvae: VQVAEConfig | None, **others: Any) ->
         raise InputError(f"{', '.join(unfit)}: not for --kind vqvae, which learns from pixels. Leave it out.")
 
 
-def _fit_into(run: RunDirectory, source: ImageSource, make: Callable[[], Tokenizer]) -> Tokenizer:
+def _exact_fabric(device: Device, devices: int) -> Fabric:
+    """A Fabric to launch whose products keep all bits of float32, because near centroids differ in few of them."""
+    before = torch.get_float32_matmul_precision()
+    fabric = make_fabric(device, devices, "32-true")
+    torch.set_float32_matmul_precision(before)
+    return fabric
+
+
+def _fit_into(fabric: Fabric, run: RunDirectory, source: ImageSource, make: Callable[..., Tokenizer]) -> Tokenizer:
     """Fit and save. A fit that fails takes its notes with it, so that the corrected command may use the same folder."""
     was_there = run.path.exists()
     forget = False
     try:
-        with run:
-            if run.finished:
+        with enter_on_first(fabric, run) as held, listen_for_stop() as stop:
+            if fabric.broadcast(run.finished):
                 return load_tokenizer(run.path)
+            checkpoints = Checkpoints(run.path / "checkpoints", warn=_warn)
+            if held is not None:
+                _check_same_data(held, source)
             try:
-                tokenizer = make()
+                tokenizer = make(checkpoints=checkpoints, stop=stop)
             except InputError:
-                forget = not run.resuming
+                forget = held is not None and not run.resuming
                 for name in ("config.yaml", "manifest.json") if forget else ():
                     (run.path / name).unlink(missing_ok=True)
+                if forget:
+                    shutil.rmtree(checkpoints.folder, ignore_errors=True)
                 raise
-            tokenizer.save_pretrained(run.path)
-            facts = {"tokenizer": tokenizer.fingerprint(), "seed": run.config["seed"], "data": {"name": source.name}}
-            run.finish(facts | {"data_fingerprint": source.fingerprint(), "result": tokenizer.rows()[0]})
+            if held is not None:
+                tokenizer.save_pretrained(run.path)
+                facts = {"tokenizer": tokenizer.fingerprint(), "seed": run.config["seed"]}
+                run.finish(facts | {"data": {"name": source.name}, "result": tokenizer.rows()[0]})
+                shutil.rmtree(checkpoints.folder, ignore_errors=True)
+            fabric.barrier()
             return tokenizer
     finally:
         if forget and not was_there:
             with contextlib.suppress(OSError):
                 run.path.rmdir()
+
+
+def _check_same_data(run: RunDirectory, source: ImageSource) -> None:
+    """A fit may only be continued on the images with which it was begun."""
+    now = source.fingerprint()
+    if run.manifest.get("data_fingerprint", now) != now:
+        raise InputError(
+            f"--resume: --data is not what {run.path} was started with: its contents have changed since. "
+            "Restore them, or choose another --out."
+        )
+    run.write_manifest({"data_fingerprint": now})
+
+
+def _warn(message: str) -> None:
+    Console(stderr=True).print(f"Warning: {message}", markup=False, highlight=False)
