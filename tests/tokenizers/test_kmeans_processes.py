@@ -11,8 +11,10 @@ import pytest
 import torch
 from forking import in_group, in_process
 
+import clustermim.tokenizers.kmeans as kmeans
 import clustermim.tokenizers.streams as streams
 from clustermim.errors import InputError, Stopped
+from clustermim.features.moments import Spread
 from clustermim.tokenizers.kmeans import KMeansResult, fit_kmeans
 from clustermim.training.checkpoints import Checkpoints
 from clustermim.training.launch import StopRequest
@@ -26,7 +28,9 @@ def rows(dtype: torch.dtype = torch.float64) -> torch.Tensor:
 
 @pytest.fixture(autouse=True)
 def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """So that few rows take the whole road: starts, growing parts of a sample, full passes."""
     monkeypatch.setattr(streams, "BLOCK", 256)
+    monkeypatch.setattr(kmeans, "_START_ROWS", 300)
 
 
 def fit_part(x: torch.Tensor, rank: int, size: int, **how: Any) -> KMeansResult:
@@ -73,6 +77,21 @@ def test_bad_rows_of_one_process_end_all(tmp_path: Path) -> None:
     assert "Another process" in first and "NaN" in second
 
 
+def test_variances_of_parts_are_those_of_the_whole(tmp_path: Path) -> None:
+    x = torch.cat([rows(), torch.ones(N, 1, dtype=torch.float64), torch.arange(N)[:, None].double() // (N // 2)], 1)
+
+    def spread(parts: torch.Tensor) -> dict[str, Any]:
+        found = Spread(7, len(parts))
+        found.add(parts)
+        found.share()
+        return found.facts()
+
+    one = spread(x)
+    found = in_group(lambda rank: spread(x[: N // 2] if rank == 0 else x[N // 2 :]), 2, tmp_path)
+    assert found[0] == found[1] and found[0]["constant_dimensions"] == one["constant_dimensions"] == [5]
+    assert found[0]["feature_variance"] == pytest.approx(one["feature_variance"], rel=1e-3)
+
+
 class Killer:
     """Blocks that end their process by a signal in a given pass."""
 
@@ -105,7 +124,7 @@ def test_a_fit_in_memory_goes_on_too(tmp_path: Path) -> None:
     fit = functools.partial(fit_kmeans, k=K, seed=1)
     stop = StopRequest()
     kept = Checkpoints(tmp_path)
-    save, kept.save = kept.save, lambda step, state: (step == 4 and stop.receive(15, None), save(step, state))[1]  # type: ignore[method-assign,func-returns-value]
+    save, kept.save = kept.save, lambda step, state: (step == 6 and stop.receive(15, None), save(step, state))[1]  # type: ignore[method-assign,func-returns-value]
     with pytest.raises(Stopped, match=r"SIGTERM in full pass 3.*--resume"):
         fit(Killer(0, None), checkpoints=kept, stop=stop)
     assert torch.equal(

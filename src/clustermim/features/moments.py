@@ -160,6 +160,23 @@ class Spread:
         found = self._squares / self._used - (self._total / self._used).square()
         return found.clamp_min(torch.finfo(torch.float64).tiny).masked_fill(self.constant, 0.0)
 
+    def share(self) -> None:
+        """Put the rows of all processes together, after the last of them; alone this does nothing."""
+        if not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1) or self._first is None:
+            return
+        first = self._first.cpu().double()
+        mine = (first, self.rows, self._used, self._total, self._squares, self.constant)
+        parts: list[Any] = [None] * dist.get_world_size()
+        dist.all_gather_object(parts, mine)
+        self._first, self.constant = parts[0][0], torch.stack([part[5] for part in parts]).all(0)
+        self.rows, self._used = sum(part[1] for part in parts), sum(part[2] for part in parts)
+        self._total = self._squares = torch.zeros_like(first)
+        for start, _, used, total, squares, _ in parts:
+            shift = start - parts[0][0]  # deviations were taken from each process's own first row
+            self.constant = self.constant & (shift == 0)
+            self._squares = self._squares + squares + 2.0 * shift * total + used * shift.square()
+            self._total = self._total + total + used * shift
+
     def check(self, spec: str) -> None:
         """Refuse features that describe all patches alike.
 

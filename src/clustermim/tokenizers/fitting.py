@@ -77,7 +77,8 @@ def fit(
     vqvae
         How a VQ-VAE is trained; only for that kind, and there `batch_size` is the number of images of a step.
     fabric
-        For K-means. Launched; its processes share the images out among them and get the same tokenizer. None: this process alone.
+        For K-means; launched. Its processes share the images out among them and get the same tokenizer. None: this
+        process alone.
     checkpoints, stop
         As for `fit_kmeans`.
 
@@ -152,7 +153,7 @@ def fit(
 
     if described.needs_fit:
         facts |= _fit_features(described, loader, progress)
-    spread = Spread(described.dim, len(source) * grid[0] * grid[1])
+    spread = Spread(described.dim, len(source) * grid[0] * grid[1] // processes)
 
     def blocks() -> Iterator[Tensor]:
         measure = not spread.rows  # in the first pass
@@ -162,7 +163,8 @@ def fit(
             if measure:
                 spread.add(rows)
             yield rows
-        spread.check(described.spec)
+        if processes == 1:  # one of several may see blank images only
+            spread.check(described.spec)
 
     if kind == "random-centroids":
         centroids = _gaussian_like(blocks, k, seed, progress)
@@ -181,6 +183,8 @@ def fit(
             checkpoints=checkpoints,
             stop=stop,
         )
+        if processes > 1:
+            spread.share()
         centroids = result.centroids
         full = [step for step in result.history if step["stage"] == "full"]
         facts |= {

@@ -28,6 +28,7 @@ from clustermim.tokenizers.streams import Blocks, RowsInMemory, RowStream
 from clustermim.training.checkpoints import Checkpoints
 from clustermim.training.launch import StopRequest
 
+_START_ROWS = 1 << 14  # at least, to compare starts on
 _LEVEL_STEPS = 60  # at most, on each part of the sample
 _FULL_TOL = 1e-4  # where all rows are in memory
 _LEVEL_TOL = 3e-4
@@ -176,7 +177,7 @@ def fit_kmeans(
 
 def _fit_sample(sample: Sample, k: int, metric: FitMetric, seed: int, n_init: int, state: FitState) -> None:
     """k-means++ starts on a prefix of the sample, then Lloyd steps on prefixes that grow fourfold."""
-    rows = min(len(sample), max(32 * k, 1 << 14))
+    rows = min(len(sample), max(32 * k, _START_ROWS))
     if not state.rows:
         part, drawn = sample.prefix(rows), sample.gathered(min(rows, max(16 * k, 1 << 12)))
         best: tuple[float, Tensor] | None = None
