@@ -15,7 +15,7 @@ from jaxtyping import Float, Int64
 from torch import Tensor
 
 from clustermim.errors import InputError
-from clustermim.tokenizers.codebook import Assigner
+from clustermim.tokenizers.assigning import Assigner
 from clustermim.tokenizers.streams import RowsInMemory, RowStream
 
 FitMetric = Literal["l2", "cosine"]
