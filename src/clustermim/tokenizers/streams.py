@@ -159,7 +159,8 @@ def find_distinct(stream: RowStream, k: int) -> Float[Tensor, "k d"]:
         return rows[:k]
     if len(rows) == 1:
         raise InputError(
-            f"The features of all {stream.num_rows} patches are the same: features of no variance cannot be clustered. "
+            f"k = {k} is more than there are distinct patches: the features of all {stream.num_rows} are the same, and "
+            "features of no variance cannot be clustered. "
             "Look at the images (are they blank?), or choose other features."
         )
     raise InputError(
