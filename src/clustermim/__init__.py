@@ -29,6 +29,8 @@ _API = {
     "graph": "clustermim.verbs.graph_spectrum",
     "pretrain": "clustermim.verbs.pretrain_encoder",
     "probe": "clustermim.verbs.probe_encoders",
+    "finetune": "clustermim.verbs.finetune_encoder",
+    "embed": "clustermim.verbs.embed_images",
     "export_encoder": "clustermim.verbs.export_run",
     "import_checkpoint": "clustermim.verbs.import_file",
     "demo": "clustermim.verbs.run_demo",
@@ -42,7 +44,9 @@ __all__ = [
     "__version__",
     "augmentation_spectrum",
     "demo",
+    "embed",
     "export_encoder",
+    "finetune",
     "fit_tokenizer",
     "graph",
     "import_checkpoint",
@@ -70,7 +74,9 @@ if TYPE_CHECKING:
     from clustermim.scoring.graph import augmentation_spectrum
     from clustermim.scoring.tcas import TokenScore, score_tokens
     from clustermim.tokenizers.tokenizer import Tokenizer, load_tokenizer
+    from clustermim.verbs.embed_images import embed
     from clustermim.verbs.export_run import export_encoder
+    from clustermim.verbs.finetune_encoder import finetune
     from clustermim.verbs.graph_spectrum import graph
     from clustermim.verbs.import_file import import_checkpoint
     from clustermim.verbs.pretrain_encoder import pretrain

@@ -25,7 +25,9 @@ _VERBS = {
     "pretrain": ("pretrain_encoder:pretrain", "Pretrain a ViT by masked image modelling."),
     "export": ("export_run:export_encoder", "Give an encoder to timm, transformers, ONNX or code in MAE's layout."),
     "import": ("import_file:import_checkpoint", "Make a run of a checkpoint of MAE, DINO, iBOT, BEiT or timm."),
-    "probe": ("probe_encoders:probe", "Judge encoders by k-NN and linear probe."),
+    "probe": ("probe_encoders:probe", "Judge encoders: k-NN, linear, few-shot, retrieval, clustering and more."),
+    "finetune": ("finetune_encoder:finetune", "Train an encoder and a classifier together, and judge the two."),
+    "embed": ("embed_images:embed", "Write the features of every image to a file."),
 }
 _TOKENIZER_VERBS = {
     "fit": ("tokenizer_fit:fit_tokenizer", "Fit a tokenizer to a data set, or make a control."),

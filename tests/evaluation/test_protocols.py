@@ -24,6 +24,10 @@ QUICK = ProtocolOptions(shots=(1, 5), draws=3, probe_epochs=4)
 """Enough to see that everything runs."""
 
 
+ON_IMAGES = [name for name, entry in PROTOCOLS.items() if not entry.on_masks]
+"""Those that judge patches by masks go through the like in test_dense."""
+
+
 class Layered(Encoder):
     """Three layers of different width, that counts the images it has seen."""
 
@@ -67,7 +71,7 @@ def figure(row: dict[str, Any]) -> float:
     return float(row[PROTOCOLS[row["protocol"]].metric])
 
 
-@pytest.mark.parametrize("protocol", PROTOCOLS)
+@pytest.mark.parametrize("protocol", ON_IMAGES)
 def test_rows_say_everything_and_classes_are_found(splits: Any, protocol: str) -> None:
     train, test = splits
     learning = ProtocolOptions(shots=(1, 5), draws=3, probe_epochs=20)
@@ -88,7 +92,7 @@ def test_rows_say_everything_and_classes_are_found(splits: Any, protocol: str) -
             assert row["balanced"] == pytest.approx((np.diag(matrix) / np.sum(matrix, axis=1)).mean())
 
 
-@pytest.mark.parametrize("protocol", PROTOCOLS)
+@pytest.mark.parametrize("protocol", ON_IMAGES)
 def test_shuffled_training_labels_give_chance(protocol: str) -> None:
     """With labels shuffled in train, accuracy on true test labels lies in the 99.9 % band of chance."""
     # Much noise: where a class is one tight cluster, its test images stand or fall together, which is not binomial.
@@ -105,7 +109,7 @@ def test_shuffled_training_labels_give_chance(protocol: str) -> None:
         assert low <= round(figure(row) * len(test)) <= high, row
 
 
-@pytest.mark.parametrize("protocol", PROTOCOLS)
+@pytest.mark.parametrize("protocol", ON_IMAGES)
 def test_test_labels_are_read_once_when_all_answers_stand(
     splits: Any, protocol: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -251,6 +255,8 @@ def test_bad_input_is_refused_before_any_work(splits: Any) -> None:
     encoder = Layered()
     with pytest.raises(InputError, match="Did you mean 'linear'"):
         evaluate(encoder, train, test, ["liner"])
+    with pytest.raises(InputError, match="give --masks"):
+        evaluate(encoder, train, test, ["knn", "patch-knn"])
     with pytest.raises(InputError, match="nothing to judge by"):
         evaluate(encoder, train, test, [])
     images, labels = make_images(60, 3)

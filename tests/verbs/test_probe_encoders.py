@@ -130,9 +130,24 @@ def test_transfer_all_data_sets_in_one_call(tmp_path: Path) -> None:
     assert all(title in text for title in ("k-NN", "1-shot", "2-shot", "retrieval mAP", "clustering"))
 
 
+def test_patches_are_judged_by_masks_and_images_by_labels_in_one_call(tmp_path: Path) -> None:
+    images, labels = make_data(60)
+    np.savez(tmp_path / "masks.npz", masks=(images > 120).astype(np.uint8))
+    file, names = tmp_path / "rows.json", ["knn", "patch-knn", "patch-linear"]
+    encoder = "random:vit_micro?patch_size=2"
+    result = probe(encoder, (images, labels), protocol=names, masks=tmp_path / "masks.npz", json=file)
+    assert {row["protocol"] for row in result.rows()} == set(names)
+    assert all("miou" in row for row in result.rows() if row["protocol"] != "knn") and "patch k-NN" in printed(result)
+    again = probe(encoder, (images, labels), protocol=names, masks=tmp_path / "masks.npz", json=file, resume=True)
+    assert again.rows() == result.rows()
+    with pytest.raises(InputError, match="single --data"):
+        probe(encoder, [(images, labels), "digits"], protocol=names, masks=tmp_path / "masks.npz")
+
+
 @pytest.mark.parametrize(
     ("words", "expected"),
     [
+        ("--encoder raw-pixels --data digits --protocol patch-knn", "give --masks"),
         ("--encoder raw-pixels --data digits --protocol fewshot --shots 2 500", "500 images a class is not possible"),
         ("--encoder raw-pixels --data digits --resume", "--json"),
         ("--encoder raw-pixels --data digits --protocol fewshot --draws 1", "at least 2 draws"),

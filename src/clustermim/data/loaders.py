@@ -4,7 +4,7 @@ Both give the same images in the same order with the same crops, because order a
 """
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,10 @@ from clustermim.data.views import ViewConfig, draw, eval_view, eval_views, to_fl
 from clustermim.errors import ClusterMIMError, InputError, ResourceError
 
 _RESIDENT_SHARE = 0.25  # of free memory that images may take before workers are used instead
+
+
+Augment = Callable[[Tensor, int, int], Tensor]
+"""(training view (c, h, w) in [0, 1] on the CPU, epoch, index of the image) -> the view changed once more."""
 
 
 @dataclass(frozen=True)
@@ -53,6 +57,7 @@ class Loader:
         self.source, self.view, self.batch_size, self.train, self.seed = source, view, batch_size, train, seed
         self.device, self.rank, self.world_size = device, rank, world_size
         self._labels = None if source.labels is None else torch.as_tensor(source.labels, dtype=torch.int64)
+        self.augment: Augment | None = None
 
     @property
     def num_images(self) -> int:
@@ -132,6 +137,9 @@ class ResidentLoader(Loader):
             if self.train:
                 sizes = torch.tensor(pixels.shape[-2:]).expand(len(index), 2)
                 views = train_views(pixels, draw(self.seed, epoch, index, sizes, self.view), self.view)
+                if self.augment is not None:
+                    pairs = zip(views.cpu(), index.tolist(), strict=True)
+                    views = torch.stack([self.augment(view, epoch, number) for view, number in pairs]).to(self.device)
             else:
                 views = eval_views(pixels, self.view)
             yield Batch(views, here, None if self._labels is None else self._labels[here])
@@ -165,7 +173,7 @@ class WorkerLoader(Loader):
         """
         batches = [[(epoch, int(index)) for index in batch] for batch in self.batches(epoch, start)]
         loader: DataLoader[Any] = DataLoader(
-            _Views(self.source, self.view, self.train, self.seed),
+            _Views(self.source, self.view, self.train, self.seed, self.augment),
             batch_sampler=batches,
             num_workers=self.workers,
             collate_fn=_collate,
@@ -194,8 +202,10 @@ class WorkerLoader(Loader):
 class _Views(Dataset[Any]):
     """One view for each (epoch, index); runs in the workers."""
 
-    def __init__(self, source: ImageSource, view: ViewConfig, train: bool, seed: int) -> None:
-        self.source, self.view, self.train, self.seed = source, view, train, seed
+    def __init__(
+        self, source: ImageSource, view: ViewConfig, train: bool, seed: int, augment: Augment | None = None
+    ) -> None:
+        self.source, self.view, self.train, self.seed, self.augment = source, view, train, seed, augment
 
     def __len__(self) -> int:
         return len(self.source)
@@ -209,7 +219,8 @@ class _Views(Dataset[Any]):
         if not self.train:
             return eval_view(image, self.view), index
         sizes = torch.tensor([[image.shape[-2], image.shape[-1]]])
-        return train_view(image, draw(self.seed, epoch, torch.tensor([index]), sizes, self.view), self.view), index
+        view = train_view(image, draw(self.seed, epoch, torch.tensor([index]), sizes, self.view), self.view)
+        return (view if self.augment is None else self.augment(view, epoch, index)), index
 
 
 def _collate(items: list[tuple[Tensor, int] | ClusterMIMError]) -> tuple[Tensor, Tensor] | ClusterMIMError:
@@ -234,6 +245,7 @@ def make_loader(
     resident: bool | None = None,
     rank: int = 0,
     world_size: int = 1,
+    augment: Augment | None = None,
 ) -> Loader:
     """Batches of views of a source.
 
@@ -259,6 +271,8 @@ def make_loader(
         what is free, unless `workers` is given.
     rank, world_size
         Which part of each global batch, or of the source, this process sees.
+    augment
+        Applied to each training view, where it is cut: in the workers if there are any.
 
     Raises
     ------
@@ -288,8 +302,12 @@ def make_loader(
     if resident or (resident is None and workers is None and source.common_size is not None):
         images = _residents(source, device, must=bool(resident))
         if images is not None:
-            return ResidentLoader(*common, images)
-    return WorkerLoader(*common, min(8, os.cpu_count() or 1) if workers is None else workers)
+            loader: Loader = ResidentLoader(*common, images)
+            loader.augment = augment
+            return loader
+    loader = WorkerLoader(*common, min(8, os.cpu_count() or 1) if workers is None else workers)
+    loader.augment = augment
+    return loader
 
 
 def _residents(source: ImageSource, device: torch.device, must: bool) -> Shaped[Tensor, "n c h w"] | None:

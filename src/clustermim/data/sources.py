@@ -73,6 +73,11 @@ class ImageSource(Dataset[tuple[Tensor, int | None]]):
         """Name of each label, or None without labels."""
         return self.collection.classes if self.labels is not None else None
 
+    @property
+    def rows(self) -> np.ndarray:
+        """Row of each image in `collection`."""
+        return self._rows
+
     def __len__(self) -> int:
         return len(self._rows)
 

@@ -20,6 +20,7 @@ from clustermim.data.loaders import Loader, make_loader
 from clustermim.data.sources import ImageSource
 from clustermim.data.views import ViewConfig
 from clustermim.encoders.contract import Encoder, match_channels
+from clustermim.errors import InputError
 from clustermim.evaluation.cache import (
     FeatureCache,
     Layers,
@@ -104,6 +105,9 @@ def evaluate(
         An unknown protocol, sources that do not fit, or an encoder that cannot take the images.
     """
     check_protocols(protocols)
+    for name in protocols:
+        if PROTOCOLS[name].on_masks:
+            raise InputError(f"The protocol {name!r} judges patches by mask images: give --masks.")
     sealed = test if isinstance(test, Sealed) else Sealed(train, test)
     check_train(train, protocols, options)
     view = view_for(encoder, train.view)
@@ -270,16 +274,18 @@ def measure(
 def identity(
     encoder: Encoder,
     train: ImageSource,
-    test: Sealed,
+    test_fingerprint: str,
     protocol: str,
     options: ProtocolOptions,
     layers: Layers,
+    masks_fingerprint: str = "",
 ) -> str:
     """What a row depends on, as 16 hexadecimal digits: equal ones need not be computed again."""
     facts = [
         fingerprint(encoder),
         train.fingerprint(),
-        test.fingerprint,
+        test_fingerprint,
+        masks_fingerprint if PROTOCOLS[protocol].on_masks else "",
         view_for(encoder, train.view).to_dict(),
         None if train.groups is None else hashlib.sha256("\0".join(map(str, train.groups)).encode()).hexdigest(),
         protocol,

@@ -69,6 +69,8 @@ class ProtocolEntry:
     """Or: makes a judge for every layer and pool from views of the training images."""
     labels: Literal["train", "none"] = "train"
     """Whether training labels are seen at all."""
+    on_masks: bool = False
+    """Or: judges patches by mask images, see `clustermim.evaluation.dense`."""
 
 
 PROTOCOLS: dict[str, ProtocolEntry] = {
@@ -99,6 +101,8 @@ PROTOCOLS: dict[str, ProtocolEntry] = {
         lambda bank: fit_clusters(bank.features, bank.num_classes, bank.options.seed),
         labels="none",
     ),
+    "patch-knn": ProtocolEntry("patch k-NN", "miou", on_masks=True),
+    "patch-linear": ProtocolEntry("patch linear", "miou", on_masks=True),
 }
 
 

@@ -1,9 +1,8 @@
 """`clustermim probe`: judge encoders, and the floors they must beat, by one protocol or many."""
 
-import contextlib
 import csv
 import io
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from json import dumps, loads
 from pathlib import Path
@@ -11,25 +10,28 @@ from typing import Annotated, Any, Literal
 
 from cyclopts import Parameter, Token
 from rich.console import Console, Group
-from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
-from rich.progress import Progress as Bar
 from rich.text import Text
 
+from clustermim.data.mask_images import MaskImages
 from clustermim.data.options import DataOptions
 from clustermim.data.sources import ImageSource, open_splits
 from clustermim.encoders.contract import Encoder
 from clustermim.errors import InputError
-from clustermim.evaluation.cache import FeatureCache, Layers, Progress
+from clustermim.evaluation.cache import FeatureCache, Layers
+from clustermim.evaluation.dense import evaluate_patches
 from clustermim.evaluation.evaluating import Setting, evaluate, identity, view_for
 from clustermim.evaluation.fewshot import DRAWS, SHOTS
 from clustermim.evaluation.floors import open_any
-from clustermim.evaluation.protocols import ProtocolOptions, check_protocols, check_train
+from clustermim.evaluation.protocols import PROTOCOLS, ProtocolOptions, check_protocols, check_train
 from clustermim.evaluation.sealing import Sealed
 from clustermim.runs import atomic_write
 from clustermim.training.launch import Device, make_fabric
+from clustermim.verbs.job_progress import job_bar
 from clustermim.verbs.probe_table import notes, tables
 
-Name = Literal["knn", "linear", "linear-mae", "attentive", "fewshot", "retrieval", "cluster"]
+Name = Literal[
+    "knn", "linear", "linear-mae", "attentive", "fewshot", "retrieval", "cluster", "patch-knn", "patch-linear"
+]
 
 
 def _texts(kind: Any, tokens: Sequence[Token]) -> list[str]:
@@ -79,6 +81,7 @@ def probe(
     shots: Annotated[tuple[int, ...], _SEVERAL] = SHOTS,
     draws: int = DRAWS,
     probe_epochs: int | None = None,
+    masks: Annotated[Any, Parameter()] = None,
     json: Path | None = None,
     resume: bool = False,
     confusion: Path | None = None,
@@ -106,7 +109,8 @@ def probe(
     protocol
         How to judge, one or several. `knn`; `linear`: logistic regression to its optimum; `linear-mae`: batch norm and
         a linear layer, LARS, 90 epochs of views; `attentive`: a learned query over all tokens; `fewshot`: mean of ten
-        draws; `retrieval`: mean average precision; `cluster`: K-means, matched to the classes.
+        draws; `retrieval`: mean average precision; `cluster`: K-means, matched to the classes; `patch-knn` and
+        `patch-linear`: the class of each patch, judged by --masks.
     layers
         Judge the last layer, or all of them.
     shots
@@ -115,6 +119,9 @@ def probe(
         For fewshot: how often so few images are drawn.
     probe_epochs
         For linear-mae and attentive: epochs. Default: 90 and 30.
+    masks
+        For patch-knn and patch-linear: folder of mask images called as the images are, or .npz with `masks` (n, H, W).
+        Pixel values are classes, 255 is none. With these protocols alone the images need no labels.
     json
         Write the table's rows to this file, after each encoder and data set.
     resume
@@ -159,16 +166,17 @@ def probe(
     fabric = make_fabric(device, devices, "32-true")
     # Everything is opened and checked before anything is computed.
     jobs = [
-        (opened, train, test)
-        for train, test in _open_sources(sources, options or DataOptions(), protocols, how)
-        for opened in _open_encoders(encoders, train).values()
+        (opened, opening)
+        for opening in _open_sources(sources, options or DataOptions(), protocols, how, masks)
+        for opened in _open_encoders(encoders, opening.train).values()
     ]
     fabric.launch()
     records: list[dict[str, Any]] = []
     confusions: list[dict[str, Any]] = []
-    with _bar(len(jobs), show=fabric.is_global_zero) as told:
-        for number, (opened, train, test) in enumerate(jobs):
-            marks = {name: identity(opened, train, test, name, how, layers) for name in protocols}
+    with job_bar(len(jobs), show=fabric.is_global_zero) as told:
+        for number, (opened, opening) in enumerate(jobs):
+            train, facts = opening.train, (how, layers, opening.masks_fingerprint)
+            marks = {name: identity(opened, train, opening.fingerprint, name, *facts) for name in protocols}
             kept = [row | {"encoder": opened.name} for row in earlier if row["fingerprint"] in marks.values()]
             missing = [n for n in protocols if marks[n] not in {row["fingerprint"] for row in kept}]
             if missing:
@@ -181,7 +189,7 @@ def probe(
                     fabric=fabric,
                     progress=told(number),
                 )
-                for row in evaluate(opened, train, test, missing, how, setting):
+                for row in _judge(opened, opening, missing, how, setting, masks):
                     row["fingerprint"] = marks[row["protocol"]]
                     if "confusion" in row:
                         place = {key: row[key] for key in ("fingerprint", "layer", "pool")}
@@ -239,18 +247,61 @@ def _as_list(given: Any) -> list[Any]:
     return list(given) if isinstance(given, list) else [given]
 
 
+@dataclass(frozen=True, kw_only=True)
+class _Opening:
+    """A data set whose splits are open and checked."""
+
+    train: ImageSource
+    test: ImageSource
+    sealed: Sealed | None
+    """None where all protocols judge by masks, which takes no labels."""
+    fingerprint: str
+    masks_fingerprint: str
+
+
+def _judge(
+    encoder: Encoder, opening: _Opening, protocols: Sequence[str], how: ProtocolOptions, setting: Setting, masks: Any
+) -> list[dict[str, Any]]:
+    """Rows of the protocols that judge images, then of those that judge patches."""
+    patches = [name for name in protocols if PROTOCOLS[name].on_masks]
+    images = [name for name in protocols if name not in patches]
+    rows: list[dict[str, Any]] = []
+    if images:
+        assert opening.sealed is not None
+        rows += evaluate(encoder, opening.train, opening.sealed, images, how, setting)
+    if patches:
+        rows += evaluate_patches(encoder, opening.train, opening.test, masks, patches, how, setting)
+    return rows
+
+
 def _open_sources(
-    sources: Sequence[Any], options: DataOptions, protocols: Sequence[str], how: ProtocolOptions
-) -> list[tuple[ImageSource, Sealed]]:
+    sources: Sequence[Any], options: DataOptions, protocols: Sequence[str], how: ProtocolOptions, masks: Any
+) -> list[_Opening]:
+    by_masks = [name for name in protocols if PROTOCOLS[name].on_masks]
+    if by_masks and masks is None:
+        raise InputError(f"The protocol {by_masks[0]!r} judges patches by mask images: give --masks.")
+    if by_masks and len(sources) > 1:
+        raise InputError("--masks belong to one data set: give a single --data with them.")
     opened = []
     for source in sources:
         train, test = open_splits(source, options)
-        sealed = Sealed(train, test)
-        check_train(train, protocols, how)
+        sealed = None
+        if len(by_masks) < len(protocols):
+            sealed = Sealed(train, test)
+            check_train(train, protocols, how)
+        prints = [MaskImages(masks, split).fingerprint() for split in (train, test)] if by_masks else []
         message = train.skipped_message()
         if message is not None:
             Console(stderr=True).print(Text(f"Warning: {message}", style="yellow"))
-        opened.append((train, sealed))
+        opened.append(
+            _Opening(
+                train=train,
+                test=test,
+                sealed=sealed,
+                fingerprint=test.fingerprint() if sealed is None else sealed.fingerprint,
+                masks_fingerprint=" ".join(prints),
+            )
+        )
     return opened
 
 
@@ -265,20 +316,3 @@ def _open_encoders(specs: Sequence[Any], train: ImageSource) -> Mapping[str, Enc
         encoder.name = next(name for name in names if name not in opened)
         opened[encoder.name] = encoder
     return opened
-
-
-@contextlib.contextmanager
-def _bar(jobs: int, *, show: bool) -> Iterator[Any]:
-    """A bar on stderr, if it is a terminal; gives a function from the number of a job to what `evaluate` tells."""
-    console = Console(stderr=True)
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Bar(*columns, console=console, disable=not (show and console.is_terminal), transient=True) as bar:
-        task = bar.add_task("", total=None)
-
-        def told(number: int) -> Progress:
-            def tell(what: str, done: int, total: int) -> None:
-                bar.update(task, description=f"[{number + 1}/{jobs}] {what}", completed=done, total=total)
-
-            return tell
-
-        yield told
