@@ -23,7 +23,7 @@ def test_randaugment_is_a_function_of_seed_epoch_and_image() -> None:
         random.seed(2)
         assert torch.equal(first, augment(view, 0, 7))
         changed = {tuple(augment(view, epoch, 7).flatten().tolist()) for epoch in range(8)}
-        assert len(changed) > 4
+        assert len(changed) > 2
         assert first.shape == view.shape and first.min() >= 0 and first.max() <= 1
     with pytest.raises(InputError, match="5 channels"):
         RandAugment("rand-m9", channels=5, mean=(0.5,) * 5, seed=0)

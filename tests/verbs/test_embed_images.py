@@ -8,6 +8,7 @@ import torch
 
 from clustermim.cli import run
 from clustermim.data.sources import open_source
+from clustermim.data.views import to_float
 from clustermim.encoders.opening import open_encoder
 from clustermim.errors import InputError
 from clustermim.verbs.embed_images import embed
@@ -24,7 +25,7 @@ def test_the_file_holds_the_encoders_features(tmp_path: Path) -> None:
         assert str(held["data_fingerprint"]) == source.fingerprint()
         rows = [3, 200]
         with torch.no_grad():
-            output = encoder(torch.stack([source[row][0] for row in rows]).float().div(255))
+            output = encoder(to_float(torch.stack([source[row][0] for row in rows])))
         assert output.cls is not None and output.patches is not None
         np.testing.assert_allclose(held["global"][rows], output.cls.numpy(), rtol=1e-4, atol=1e-5)
         np.testing.assert_allclose(held["mean"][rows], output.patches.mean(1).numpy(), rtol=1e-4, atol=1e-5)
@@ -36,12 +37,14 @@ def test_unlabelled_images_and_parquet(tmp_path: Path) -> None:
     embed("raw-pixels", images, out=tmp_path / "f.npz")
     with np.load(tmp_path / "f.npz") as held:
         assert held["global"].shape == (12, 64) and "labels" not in held and "mean" not in held
-    embed("raw-pixels", (images, np.arange(12) % 2), out=tmp_path / "f.parquet")
+    labelled = (images, np.arange(12) % 2)  # of which two are held out for testing
+    embed("raw-pixels", labelled, out=tmp_path / "f.parquet")
+    embed("raw-pixels", labelled, out=tmp_path / "labelled.npz")
     import pyarrow.parquet
 
     table = pyarrow.parquet.read_table(tmp_path / "f.parquet")
-    assert table.num_rows == 12 and {"global", "labels", "index"} == set(table.column_names)
-    with np.load(tmp_path / "f.npz") as held:
+    assert table.num_rows == 10 and {"global", "labels", "index"} == set(table.column_names)
+    with np.load(tmp_path / "labelled.npz") as held:
         np.testing.assert_array_equal(np.array(table["global"].to_pylist(), dtype=np.float32), held["global"])
     assert b"fingerprint" in table.schema.metadata
 

@@ -114,12 +114,7 @@ def test_other_encoders_and_the_command_line(tmp_path: Path, capsys: pytest.Capt
     ],
 )
 def test_bad_input_is_refused_before_any_training(changes: dict[str, Any], expected: str, tmp_path: Path) -> None:
-    asked = {
-        "encoder": "random:vit_micro?patch_size=4",
-        "data": make_data(),
-        "out": tmp_path / "run",
-        **QUICK,
-    } | changes
+    asked = {"encoder": "random:vit_micro?patch_size=4", "out": tmp_path / "run", **QUICK} | changes
     with pytest.raises(InputError, match=expected):
         finetune(asked.pop("encoder"), make_data(), **asked)
     assert not (tmp_path / "run").exists()

@@ -2,6 +2,8 @@
 
 import io
 import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -180,3 +182,21 @@ def test_everything_is_checked_before_anything_is_computed(monkeypatch: pytest.M
         probe("raw-pixels", images)
     with pytest.raises(InputError, match="nothing to judge"):
         probe([], "digits")
+
+
+@pytest.mark.slow
+def test_two_processes_give_the_rows_of_one(tmp_path: Path) -> None:
+    rows = []
+    for devices in ("1", "2"):
+        file = tmp_path / f"{devices}.json"
+        words = (
+            "probe --encoder raw-pixels random:vit_micro --data digits --limit 203 --device cpu --protocol knn linear"
+        )
+        command = [sys.executable, "-m", "clustermim", *words.split(), "fewshot", "--devices", devices]
+        subprocess.run([*command, "--json", str(file)], check=True)
+        rows.append(json.loads(file.read_text()))
+    for one, two in zip(*rows, strict=True):
+        assert {k: v for k, v in one.items() if not isinstance(v, float)} == {
+            k: v for k, v in two.items() if not isinstance(v, float)
+        }
+        assert one["top1"] == pytest.approx(two["top1"], abs=0.01)

@@ -79,7 +79,7 @@ def set_drop_path(model: nn.Module, rate: float) -> int:
         share = rate * number / max(1, len(blocks) - 1)
         for name in ("drop_path", "drop_path1", "drop_path2"):
             if isinstance(getattr(block, name, None), nn.Identity | DropPath):
-                setattr(block, name, DropPath(share) if share > 0 else nn.Identity())
+                setattr(block, name, (DropPath(share) if share > 0 else nn.Identity()).train(block.training))
     return len(blocks)
 
 

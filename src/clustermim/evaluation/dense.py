@@ -43,7 +43,7 @@ class Segmentation:
     def figures(
         self, masks: Int64[Tensor, "m h w"], num_classes: int, seed: int, groups: np.ndarray | None = None
     ) -> Figures:
-        """`miou` with its bootstrap interval over images or groups, `pixel_accuracy`, and how many classes were there."""
+        """`miou` with its bootstrap interval over images or groups, `pixel_accuracy`."""
         tables = torch.stack(
             [pixel_table(found, mask, num_classes) for found, mask in zip(self.predicted, masks, strict=True)]
         )
