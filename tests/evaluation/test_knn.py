@@ -7,6 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from clustermim.errors import InputError
 from clustermim.evaluation.knn import KS, fit_knn, neighbours, votes
 
 
@@ -77,3 +78,9 @@ def test_k_larger_than_the_bank_is_left_out_and_told() -> None:
     judge = fit_knn(torch.randn(15, 3), torch.arange(15) % 3, 3, validation)
     assert judge.k <= 12
     assert judge.chosen["note"] == "k = 20, 50 left out: k is chosen on a bank of 12 images"
+
+
+@pytest.mark.parametrize("k", [0, 4])
+def test_more_neighbours_than_there_are_cannot_be_asked_for(k: int) -> None:
+    with pytest.raises(InputError, match="bank of 3 images"):
+        neighbours(torch.randn(3, 2), torch.randn(1, 2), k)

@@ -11,6 +11,7 @@ import torch
 from jaxtyping import Bool, Float, Int64
 from torch import Tensor
 
+from clustermim.errors import InputError
 from clustermim.evaluation.judging import Scores
 
 KS = (1, 5, 10, 20, 50)
@@ -38,7 +39,14 @@ def neighbours(
     -------
     tuple
         Cosine similarities and row numbers. Equal similarities are taken as `torch.topk` takes them.
+
+    Raises
+    ------
+    InputError
+        k is larger than the bank, or below 1.
     """
+    if not 1 <= k <= len(bank):
+        raise InputError(f"k = {k} neighbours cannot be found in a bank of {len(bank)} images: k is 1 to {len(bank)}.")
     bank = torch.nn.functional.normalize(bank, dim=1)
     block = max(1, at_once // len(bank))
     similarity = queries.new_empty(len(queries), k)
