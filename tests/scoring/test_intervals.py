@@ -40,6 +40,30 @@ def test_a_linear_figure_keeps_its_spread_and_a_paired_one_loses_two_thirds():
     assert 0.6 * true < fair < 1.6 * true < triples.full["nmi"].std()
 
 
+def test_steps_show_parts_of_one_two_and_three_images_as_the_theory_says():
+    """Four units with signs x, parts a·x, b·xx′, c·xx′x″, over all samples and all resamples of signs: exact."""
+    signs = 1.0 - 2.0 * (np.arange(16)[:, None] >> np.arange(4) & 1)
+    first, second, third = (grid.ravel() for grid in np.meshgrid(*[np.arange(16)] * 3))
+    steps = np.stack([signs[first], signs[second], signs[third]], axis=1).reshape(-1, 4)
+    shown = {"full": 0.0, "small": 0.0, "mixed": 0.0, "triple": 0.0}
+    for sample in signs:
+
+        def figure(weights, sample=sample):
+            one, square, cube = ((sample * weights) ** n @ np.ones(4) for n in (1, 2, 3))
+            # Newton: the sums over pairs and triples of different units.
+            return 0.7 * one + 0.4 * (one**2 - square) / 2 + 0.9 * (one**3 - 3 * one * square + 2 * cube) / 6
+
+        moves = _small_moves(lambda w: {"nmi": figure(w)}, STEP * steps, {"nmi": figure(np.ones((1, 4)))})
+        shown["full"] += figure(1 + signs).var() / 16
+        for name, move in zip(("small", "mixed", "triple"), moves, strict=True):
+            shown[name] += (move["nmi"].var() if name == "small" else np.mean(move["nmi"] ** 2)) / 16
+    one, two, three, s = 4 * 0.7**2, 6 * 0.4**2, 4 * 0.9**2, STEP
+    assert shown["full"] == pytest.approx(one + 3 * two + 7 * three)
+    assert shown["small"] == pytest.approx(one + (2 + s**2) * two + (3 + 3 * s**2 + s**4) * three)
+    assert shown["mixed"] == pytest.approx(two + (3 + 3 * s**2) * three)
+    assert shown["triple"] == pytest.approx(three)
+
+
 def test_intervals_mirror_the_replicates_at_the_estimate():
     full, few = np.linspace(0.3, 0.5, 1001), np.zeros(3)
     figures = {"nmi": full, "purity": full * np.nan}

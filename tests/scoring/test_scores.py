@@ -237,7 +237,7 @@ def test_controls_bracket_every_score(sizes, patches, seed):
 
 
 @pytest.mark.parametrize("groups", [False, True])
-def test_identity_is_zero_in_every_replicate(groups):
+def test_identity_is_zero_and_oracle_one_in_every_replicate(groups):
     rng = np.random.default_rng(0)
     labels = rng.permutation(np.repeat(np.arange(4), [3, 5, 9, 20]))
     plan = plan_images(labels, groups=np.arange(len(labels)) // 2 if groups else None)
@@ -247,6 +247,51 @@ def test_identity_is_zero_in_every_replicate(groups):
     got = bootstrap_figures(counted(ids, labels, ids.size, plan, per_image=True).rows(), plan, 50, 0)
     zero = got.full["alignment_crossfit"]
     assert np.abs(zero[np.isfinite(zero)]).max() < 1e-12 and np.isfinite(zero).any()
+    plan = plan_images(labels, groups=labels * 20 + np.arange(len(labels)) // 8 if groups else None)
+    assert plan.num_folds
+    oracle = counted(np.repeat(labels[:, None], 4, axis=1), labels, 4, plan, per_image=True)
+    one = bootstrap_figures(oracle.rows(), plan, 50, 0).full
+    assert one["alignment_crossfit"] == close(np.ones(50)) and one["labelling_error_crossfit"] == close(np.zeros(50))
+
+
+def test_tokens_too_rare_to_be_learned_count_as_the_prior():
+    """E[C̄] − C = −Σ_i P(i unseen) Q[·, i](T[i, ·] − p), on a vocabulary so large that one sample is nearly its mean."""
+    rng = np.random.default_rng(0)
+    sizes, patches, vocab = np.array([20, 30, 50]), 400, 40_000
+    chances = rng.dirichlet(np.ones(vocab)) * np.exp(1.5 * rng.normal(size=(3, vocab)))
+    chances /= chances.sum(axis=1, keepdims=True)
+    labels = np.repeat(np.arange(3), sizes)
+    ids = np.stack([rng.choice(vocab, patches, p=chances[c]) for c in labels])
+    prior = sizes / sizes.sum()
+    learned = (chances.T * prior) / (chances.T @ prior)[:, None]
+    unseen = np.prod((1 - chances) ** (0.8 * sizes * patches)[:, None], axis=0)
+    bias = -(chances * unseen) @ (learned - prior)
+    score = score_tokens(ids, labels, vocab_size=vocab)
+    assert score.folds == 5 and np.abs(bias).max() > 0.06
+    assert np.abs(score.walk_crossfit - chances @ learned - bias).max() < 0.012
+
+
+def test_readings_differ_as_the_theory_says():
+    def score(counts):
+        token, label = (side.ravel() for side in np.indices(counts.shape))
+        return score_tokens(np.repeat(token, counts.ravel())[:, None], np.repeat(label, counts.ravel()), crossfit=False)
+
+    # With unequal classes a merge can lower tcas, though it lowers alignment.
+    fine, coarse = (
+        score(np.array(rows)) for rows in ([[0, 12, 0], [0, 12, 32], [1, 0, 32]], [[0, 12, 0], [1, 12, 64]])
+    )
+    assert (fine.tcas, coarse.tcas) == pytest.approx((0.243, 0.2326), abs=1e-4)
+    assert (fine.alignment, coarse.alignment) == pytest.approx((0.388, 0.333), abs=1e-4)
+    # With equal ones it is alignment on another scale.
+    counts = np.random.default_rng(0).multinomial(90, np.full(6, 1 / 6), size=4).T
+    equal = score(counts)
+    assert equal.tcas == close(3 * (1 - equal.alignment) / 16)
+    # Cutting every token in two alike doubles the class matrix of `rows`, and changes no cosine.
+    halves = score(np.concatenate([counts, counts]))
+    shares = counts / counts.sum(axis=1, keepdims=True)
+    assert equal.tcas_rows == close(((shares.T @ shares - np.eye(4)) ** 2).sum() / 16)
+    assert halves.tcas_rows == close(((2 * shares.T @ shares - np.eye(4)) ** 2).sum() / 16)
+    assert halves.tcas_cosine == close(equal.tcas_cosine) and halves.tcas == close(equal.tcas)
 
 
 def test_random_tokens_score_about_zero_and_plug_in_flatters_them():

@@ -87,8 +87,11 @@ def test_the_closed_form_is_the_alignment_that_a_merge_loses(seed):
             joined[j] = 0
             lost = alignment(counts) - alignment(joined)
             assert row[j] / (counts.shape[1] - 1) == pytest.approx(lost, abs=1e-10)
-        # and again after a merge, in the metric that it left
+        # and again after a merge, in the metric that it left, where no pair that was left alone costs less
+        before = [costs.row(int(i)) for i in left[1:-1]]
         costs.merge(int(left[0]), int(left[-1]))
+        for i, old in zip(left[1:-1], before, strict=True):
+            assert (costs.row(int(i))[left[1:-1]] >= old[left[1:-1]] - 1e-12).all()
         counts[left[0]] += counts[left[-1]]
         counts[left[-1]] = 0
 

@@ -161,7 +161,7 @@ def spread(value: float, replicates: Replicates, name: str) -> Float64[np.ndarra
     value
         The estimate θ.
     replicates
-        Of this figure or several. Resamples that lost a class are left out; then, and with fewer than 20 resamples,
+        Of this figure or several. Resamples that lost a class are left out; then, and with fewer than 18 resamples,
         nothing is known of pairs and the spread stays too wide.
     name
         Which figure.

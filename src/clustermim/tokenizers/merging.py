@@ -1,7 +1,7 @@
 """Merging a fine vocabulary into a coarse one so that it keeps as much alignment with classes as can be kept.
 
 With R[i, c] patches of fine token i in class c, r_i and n_c its sums, n the total, p_c = n_c / n, T[i, c] = R[i, c]/r_i
-and u_i = D_p^−½ (T_i − p), alignment is 1 − ‖I − √p√pᵀ − S‖² / (L − 1) with S = Σ_i (r_i/n) u_i u_iᵀ (docs/theory.md).
+and u_i = D_p^−½ (T_i − p), alignment is 1 − ‖I − S‖² / (L − 1) with S = √p√pᵀ + Σ_i (r_i/n) u_i u_iᵀ (docs/theory.md).
 Merging tokens i and j takes v vᵀ from S, where v = √(w_i w_j / (w_i + w_j)) (u_i − u_j) and w = r / n, and so costs
 
     Δ(i, j) = [2 vᵀ (I − S) v + ‖v‖⁴] / (L − 1),
@@ -121,6 +121,7 @@ class _Costs:
 
     def __init__(self, profile: Float64[np.ndarray, "m l"], weight: Float64[np.ndarray, " m"]) -> None:
         self.profile, self.weight = profile.copy(), weight.copy()
+        # I − S but for √p√pᵀ, which no profile meets, as √pᵀu = 0.
         self.metric = np.eye(profile.shape[1]) - _scatter(profile, weight)
         self.alive = np.ones(len(weight), dtype=bool)
         self.refresh()
@@ -220,5 +221,5 @@ def _scatter(profile: Float64[np.ndarray, "m l"], weight: Float64[np.ndarray, " 
 
 
 def _alignment(scatter: Float64[np.ndarray, "l l"]) -> float:
-    """1 − ‖I − √p√pᵀ − S‖² / (L − 1), the norm multiplied out, since S·√p = 0."""
+    """1 − ‖I − S‖² / (L − 1) with S = √p√pᵀ + scatter, the norm multiplied out, since scatter·√p = 0."""
     return float((2 * np.trace(scatter) - (scatter**2).sum()) / (len(scatter) - 1))
