@@ -15,7 +15,7 @@ import clustermim.tokenizers.streams as streams
 from clustermim.data.counted import Stream, counter_hash
 from clustermim.errors import InputError
 from clustermim.tokenizers.kmeans import KMeansResult, fit_kmeans
-from clustermim.tokenizers.lloyd import add_up, lloyd_steps
+from clustermim.tokenizers.lloyd import add_up, lloyd_steps, nearest_to
 from clustermim.tokenizers.sampling import draw_sample
 
 Blocks = Callable[[], Iterable[torch.Tensor]]
@@ -197,6 +197,18 @@ def test_longer_steps_need_fewer_of_them_and_end_no_worse() -> None:
     lloyd_steps(streams.RowsInMemory(x), x[:64].clone(), "l2", 25, 0.0, history, "full")
     assert float(history[-1]["inertia"]) < found.inertia / len(x)
     assert any(float(step["inertia"]) < found.inertia / len(x) for step in history[:20])
+
+
+@pytest.mark.parametrize("metric", ["l2", "cosine"])
+@pytest.mark.parametrize("k", [2, 50, 512, 700])
+def test_the_search_while_fitting_finds_the_nearest(k: int, metric: str) -> None:
+    c, x = 3 + gaussian(0, k, 6), 3 + gaussian(1, 900, 6)
+    if metric == "cosine":
+        c = torch.nn.functional.normalize(c, dim=1)
+    ids = nearest_to(c, metric, x.mean(0))(x)  # type: ignore[arg-type]
+    score = torch.cdist(x.double(), c.double()) if metric == "l2" else -x.double() @ c.double().t()
+    chosen = score.gather(1, ids[:, None])[:, 0]
+    torch.testing.assert_close(chosen, score.min(1).values, rtol=1e-5, atol=1e-5)
 
 
 def test_integer_sums_agree_with_float_sums(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -22,7 +22,8 @@ FitMetric = Literal["l2", "cosine"]
 Step = dict[str, float | int | str]
 
 _PACES = (1.0, 1.25, 1.5, 1.7)
-_EXACT_SCORES = 1 << 20
+_SCORES = 1 << 19  # alive at once: what a core's cache holds
+_GROUPED_FROM = 512  # from so many centroids on, a maximum in two steps pays
 
 
 @dataclass(frozen=True)
@@ -55,15 +56,39 @@ class Progress:
         return asdict(self)
 
 
-def nearest_to(centroids: Float[Tensor, "k d"], metric: FitMetric) -> Callable[[Tensor], Tensor]:
-    """The search for the nearest centroid: `Assigner`, and for float64 rows the same in float64."""
-    if centroids.dtype != torch.float64:
+def nearest_to(
+    centroids: Float[Tensor, "k d"], metric: FitMetric, around: Float[Tensor, " d"]
+) -> Callable[[Tensor], Tensor]:
+    """The search for the nearest centroid while fitting: one product and a maximum, in the precision of the rows.
+
+    Fitting needs no exact ids as tokenizing does: rows that rounding puts on the wrong side of a border lie on it. On a
+    CPU and raw pixels that saves more than half of a pass. Elsewhere `Assigner` is as fast. `around` is where the rows
+    are: taken as the origin, it keeps their products small, and with them the digits that tell near centroids apart.
+    """
+    if centroids.device.type != "cpu":
         return Assigner(centroids, metric)
-    bias = centroids.square().sum(1).mul(-0.5) if metric == "l2" else centroids.new_zeros(len(centroids))
+    k = len(centroids)
+    shift = around if metric == "l2" else torch.zeros_like(around)
+    c = centroids - shift
+    bias = c.square().sum(1).mul(-0.5) if metric == "l2" else c.new_zeros(k)
+    group = 1 << round(math.log2(k) / 2) if k >= _GROUPED_FROM else 0
+    if group:  # groups of neighbours lie at a fixed stride, so that their maximum vectorises
+        missing = -k % group
+        c = torch.cat([c, c.new_zeros(missing, c.shape[1])]).view(-1, group, c.shape[1]).transpose(0, 1).flatten(0, 1)
+        bias = torch.cat([bias, bias.new_full((missing,), -math.inf)]).view(-1, group).t().flatten()
+    columns = c.t().contiguous()
 
     def assign(rows: Float[Tensor, "n d"]) -> Int64[Tensor, " n"]:
-        parts = torch.split(rows, max(_EXACT_SCORES // len(centroids), 1))
-        return torch.cat([torch.addmm(bias, part, centroids.t()).max(1).indices for part in parts])
+        found = []
+        for part in torch.split(rows, max(_SCORES // k, 128)):
+            scores = torch.addmm(bias, part - shift, columns)
+            if not group:
+                found.append(scores.max(1).indices)
+                continue
+            spread = scores.view(len(part), group, -1)
+            best = spread.amax(1).max(1).indices
+            found.append(best * group + spread[torch.arange(len(part)), :, best].max(1).indices)
+        return torch.cat(found)
 
     return assign
 
@@ -78,7 +103,7 @@ def add_up(
     below float32's own step.
     """
     k, dim = centroids.shape
-    assign = nearest_to(centroids, metric)
+    assign: Callable[[Tensor], Tensor] | None = None
     counts = torch.zeros(k, dtype=torch.int64)
     sums = torch.zeros(k, dim, dtype=torch.float64 if exact_order else torch.int64, device=centroids.device)
     assert data.num_rows is not None
@@ -87,6 +112,7 @@ def add_up(
     far_error = centroids.new_empty(0)
     rows = 0
     for block in data():
+        assign = assign or nearest_to(centroids, metric, block.mean(0))
         ids = assign(block)
         counts += torch.bincount(ids, minlength=k).cpu()
         sums.index_add_(0, ids, block.double() if exact_order else (block * scale).round().long())
@@ -138,7 +164,7 @@ def moved(centroids: Tensor, found: Sums, metric: FitMetric, pace: float = 1.0) 
         return centroids
     # Farthest first, each pick lowering the error of its neighbours, so that two clusters do not land on one spot.
     others = centroids[used.to(centroids.device)]
-    error = (found.worst - others[nearest_to(others, "l2")(found.worst)]).square().sum(1)
+    error = (found.worst - others[nearest_to(others, "l2", found.worst.mean(0))(found.worst)]).square().sum(1)
     for slot in found.empty.tolist():
         pick = int(error.argmax())
         if float(error[pick]) <= 0.0:
