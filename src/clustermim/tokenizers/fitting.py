@@ -40,7 +40,7 @@ def fit(
     seed: int = 0,
     n_init: int | None = None,
     max_passes: int = 20,
-    tol: float = 1e-3,
+    tol: float = 2e-3,
     batch_size: int = 256,
     device: str | torch.device = "cpu",
     workers: int | None = None,

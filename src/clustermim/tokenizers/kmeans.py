@@ -74,7 +74,7 @@ def fit_kmeans(
     seed: int = 0,
     n_init: int | None = None,
     max_passes: int = 20,
-    tol: float = 1e-3,
+    tol: float = 2e-3,
     sample_size: int | None = None,
     progress: bool = False,
     first_row: int = 0,

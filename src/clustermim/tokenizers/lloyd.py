@@ -77,18 +77,24 @@ def nearest_to(
         c = torch.cat([c, c.new_zeros(missing, c.shape[1])]).view(-1, group, c.shape[1]).transpose(0, 1).flatten(0, 1)
         bias = torch.cat([bias, bias.new_full((missing,), -math.inf)]).view(-1, group).t().flatten()
     columns = c.t().contiguous()
+    step = max(_SCORES // k, 128)
+    room = c.new_empty(step, columns.shape[1])  # one for all parts: fresh memory costs as much as the maximum
+    places = torch.arange(step)
 
     def assign(rows: Float[Tensor, "n d"]) -> Int64[Tensor, " n"]:
-        found = []
-        for part in torch.split(rows, max(_SCORES // k, 128)):
-            scores = torch.addmm(bias, part - shift, columns)
+        ids = torch.empty(len(rows), dtype=torch.int64)
+        for start in range(0, len(rows), step):
+            part = rows[start : start + step] - shift
+            scores = torch.addmm(bias, part, columns, out=room[: len(part)])
+            found = ids[start : start + step]
             if not group:
-                found.append(scores.max(1).indices)
+                found.copy_(scores.max(1).indices)
                 continue
             spread = scores.view(len(part), group, -1)
             best = spread.amax(1).max(1).indices
-            found.append(best * group + spread[torch.arange(len(part)), :, best].max(1).indices)
-        return torch.cat(found)
+            inside = spread[places[: len(part)], :, best].max(1).indices
+            torch.add(inside, best, alpha=group, out=found)
+        return ids
 
     return assign
 

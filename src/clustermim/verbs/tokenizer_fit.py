@@ -47,7 +47,7 @@ def fit_tokenizer(
     seed: int = 0,
     n_init: int | None = None,
     max_passes: int = 20,
-    tol: float = 1e-3,
+    tol: float = 2e-3,
     align_with: Literal["labels"] | None = None,
     align_from: int | None = None,
     align_images: int | None = None,
