@@ -1,5 +1,6 @@
-"""Images, views and weights that the tests of this room share."""
+"""Images, views, weights and runs that the tests of this room share."""
 
+import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -9,6 +10,7 @@ import torch
 
 from clustermim.data.counted import uniform
 from clustermim.data.views import ViewConfig
+from clustermim.encoders.presets import model_kwargs
 
 CNN = "test_resnet"
 
@@ -39,3 +41,19 @@ def write_weights(folder: Path, name: str = CNN) -> Path:
     file = folder / f"{name}.safetensors"
     safetensors.torch.save_file(model.state_dict(), file)
     return file
+
+
+def write_run(folder: Path, shown: ViewConfig, patch_size: int) -> Path:
+    """A run directory as `pretrain` leaves it, of a tiny encoder with statistics of its own."""
+    name, kwargs = model_kwargs("vit_micro", shown.image_size, patch_size, shown.channels)
+    kwargs |= {"embed_dim": 32, "depth": 2, "num_heads": 2}
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = timm.create_model(name, **kwargs, num_classes=0)
+    folder.mkdir(parents=True, exist_ok=True)
+    safetensors.torch.save_file(model.state_dict(), folder / "encoder.safetensors")
+    facts = {"mean": [0.45] * shown.channels, "std": [0.2] * shown.channels, "channels": shown.channels}
+    manifest = {"kind": "pretrain", "status": "finished", "model": {"name": name, "kwargs": kwargs}}
+    manifest["data"] = facts | {"image_size": list(shown.image_size)}
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    return folder

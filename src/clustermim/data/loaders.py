@@ -58,6 +58,8 @@ class Loader:
         self.device, self.rank, self.world_size = device, rank, world_size
         self._labels = None if source.labels is None else torch.as_tensor(source.labels, dtype=torch.int64)
         self.augment: Augment | None = None
+        self.crops = train
+        """Whether views are cut as for training; `make_loader` may set it apart from `train`."""
 
     @property
     def num_images(self) -> int:
@@ -134,7 +136,7 @@ class ResidentLoader(Loader):
         for index in self.batches(epoch, start):
             here = index.to(self.device)
             pixels = adapt_channels(self.images.index_select(0, here), self.view.channels)
-            if self.train:
+            if self.crops:
                 sizes = torch.tensor(pixels.shape[-2:]).expand(len(index), 2)
                 views = train_views(pixels, draw(self.seed, epoch, index, sizes, self.view), self.view)
                 if self.augment is not None:
@@ -173,7 +175,7 @@ class WorkerLoader(Loader):
         """
         batches = [[(epoch, int(index)) for index in batch] for batch in self.batches(epoch, start)]
         loader: DataLoader[Any] = DataLoader(
-            _Views(self.source, self.view, self.train, self.seed, self.augment),
+            _Views(self.source, self.view, self.crops, self.seed, self.augment),
             batch_sampler=batches,
             num_workers=self.workers,
             collate_fn=_collate,
@@ -203,9 +205,9 @@ class _Views(Dataset[Any]):
     """One view for each (epoch, index); runs in the workers."""
 
     def __init__(
-        self, source: ImageSource, view: ViewConfig, train: bool, seed: int, augment: Augment | None = None
+        self, source: ImageSource, view: ViewConfig, crops: bool, seed: int, augment: Augment | None = None
     ) -> None:
-        self.source, self.view, self.train, self.seed, self.augment = source, view, train, seed, augment
+        self.source, self.view, self.crops, self.seed, self.augment = source, view, crops, seed, augment
 
     def __len__(self) -> int:
         return len(self.source)
@@ -216,7 +218,7 @@ class _Views(Dataset[Any]):
             image = adapt_channels(self.source[index][0], self.view.channels)
         except ClusterMIMError as problem:
             return problem  # raised through the worker it would arrive as a traceback
-        if not self.train:
+        if not self.crops:
             return eval_view(image, self.view), index
         sizes = torch.tensor([[image.shape[-2], image.shape[-1]]])
         view = train_view(image, draw(self.seed, epoch, torch.tensor([index]), sizes, self.view), self.view)
@@ -239,6 +241,7 @@ def make_loader(
     *,
     batch_size: int,
     train: bool,
+    crops: bool | None = None,
     seed: int = 0,
     device: str | torch.device = "cpu",
     workers: int | None = None,
@@ -259,6 +262,9 @@ def make_loader(
         Images in a batch of one rank.
     train
         True: random order, random crops, only whole batches. False: every image once, in order, the eval view.
+    crops
+        Whether views are cut as for training; None: as `train` says. With `train=False` every image comes once, in
+        order, in the training view of (seed, epoch, index).
     seed
         Seed of order, crops and flips.
     device
@@ -302,10 +308,13 @@ def make_loader(
     if resident or (resident is None and workers is None and source.common_size is not None):
         images = _residents(source, device, must=bool(resident))
         if images is not None:
-            loader: Loader = ResidentLoader(*common, images)
-            loader.augment = augment
-            return loader
-    loader = WorkerLoader(*common, min(8, os.cpu_count() or 1) if workers is None else workers)
+            return _cutting(ResidentLoader(*common, images), crops, augment)
+    readers = min(8, os.cpu_count() or 1) if workers is None else workers
+    return _cutting(WorkerLoader(*common, readers), crops, augment)
+
+
+def _cutting(loader: Loader, crops: bool | None, augment: Augment | None) -> Loader:
+    loader.crops = loader.train if crops is None else crops
     loader.augment = augment
     return loader
 

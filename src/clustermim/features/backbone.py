@@ -1,79 +1,24 @@
 """Features of a pretrained timm network: patch tokens of a ViT's layer, or a CNN's feature map on the patch grid."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import timm
 import torch
-from jaxtyping import Float
-from torch import Tensor, nn
-from torch.nn import functional
 
-from clustermim.data.pixels import adapt_channels
 from clustermim.data.views import ViewConfig
 from clustermim.encoders.building import find_timm, open_timm
 from clustermim.encoders.timm_encoder import declared_statistics
 from clustermim.errors import InputError
-from clustermim.features.patches import PatchFeatures
+from clustermim.features.network import DTYPES, NetworkFeatures, chosen_layer
 from clustermim.features.spelling import SpecPart
 
 
-class BackboneFeatures(PatchFeatures):
-    """`backbone:<timm name>[@file][?layer=9&size=224]`: one feature map of a frozen timm network.
+class BackboneFeatures(NetworkFeatures):
+    """`backbone:<timm name>[@file][?layer=9&size=224&dtype=bf16]`: a map of a timm network.
 
-    The image is resized to what the network takes, the network's own mean and std are applied, and the map of one
-    layer is brought to the patch grid: averaged where it is finer, interpolated where it is coarser. The weights are
-    part of the state dict, up to the layer that is used.
-
-    Parameters
-    ----------
-    spec
-        As the user wrote it.
-    model
-        A timm model that has `forward_intermediates`; it is cut off behind `layer`.
-    model_name
-        Its timm name.
-    patch_size
-        Patch side P of the images, whatever the network's own patches are.
-    channels
-        Channels of the images.
-    size
-        Height and width in pixels at which the network sees an image.
-    layer
-        Which map, from 0, as timm's `indices` count them: blocks of a ViT, stages of a CNN. The final norm is applied
-        to the last only.
-    mean, std
-        Of each of the network's channels.
+    The weights come from the hub or from a file.
     """
-
-    mean: Tensor
-    std: Tensor
-
-    def __init__(
-        self,
-        spec: str,
-        *,
-        model: nn.Module,
-        model_name: str,
-        patch_size: int,
-        channels: int,
-        size: tuple[int, int],
-        layer: int,
-        mean: Sequence[float],
-        std: Sequence[float],
-    ) -> None:
-        net: Any = model
-        info = net.feature_info
-        super().__init__(spec, patch_size=patch_size, channels=channels, dim=int(info[layer]["num_chs"]))
-        self.model_name = model_name
-        self.size = size
-        self.layer = layer
-        self._last = layer == len(info) - 1
-        net.prune_intermediate_layers([layer], prune_norm=not self._last, prune_head=True)
-        self.model: Any = net
-        # Known from the config, so not part of the state dict.
-        self.register_buffer("mean", torch.tensor(list(mean), dtype=torch.float32), persistent=False)
-        self.register_buffer("std", torch.tensor(list(std), dtype=torch.float32), persistent=False)
 
     @classmethod
     def from_spec(cls, part: SpecPart, *, patch_size: int, view: ViewConfig) -> "BackboneFeatures":
@@ -85,19 +30,14 @@ class BackboneFeatures(PatchFeatures):
             An unknown network (the nearest is named), one without feature maps, a layer that it does not have, or
             weights that cannot be fetched, read or fitted.
         """
-        part.check_options(["layer", "size", "remap"])
+        part.check_options(["layer", "size", "remap", "dtype"])
         if part.argument is None:
             raise InputError(
                 f"Features `{part.text}`: name a timm network, for example backbone:vit_small_patch16_224."
             )
         outline = _outline(part.argument, part.text)
-        depth = len(outline.feature_info)
-        layer = part.integer("layer")
-        layer = depth - 1 if layer is None else layer
-        if not -depth <= layer < depth:
-            raise InputError(
-                f"Features `{part.text}`: {part.argument} has layers 0 to {depth - 1}; there is no layer {layer}."
-            )
+        layer = chosen_layer(part, len(outline.feature_info), part.argument)
+        dtype = part.choice("dtype", DTYPES)
         grid = (view.image_size[0] // patch_size, view.image_size[1] // patch_size)
         size = _size(part, outline, view.image_size, grid)
         options = {"size": f"{size[0]}x{size[1]}"} | {k: v for k, v in part.options.items() if k == "remap"}
@@ -114,9 +54,10 @@ class BackboneFeatures(PatchFeatures):
             patch_size=patch_size,
             channels=view.channels,
             size=size,
-            layer=layer % depth,
+            layer=layer,
             mean=mean,
             std=std,
+            dtype=dtype,
         )
 
     @classmethod
@@ -127,44 +68,13 @@ class BackboneFeatures(PatchFeatures):
         kwargs: dict[str, Any] = {"num_classes": 0, "in_chans": len(config["mean"])}
         if entry is None or entry.fixed_input_size:
             kwargs["img_size"] = size
-        keys = ("patch_size", "channels", "layer", "mean", "std")
+        keys = ("patch_size", "channels", "layer", "mean", "std", "dtype")
         model = timm.create_model(name, **kwargs)
         return cls(config["spec"], model=model, model_name=name, size=size, **{key: config[key] for key in keys})
 
     def config(self) -> dict[str, Any]:
         """Everything but the weights."""
-        return {
-            "name": "backbone",
-            "spec": self.spec,
-            "model_name": self.model_name,
-            "patch_size": self.patch_size,
-            "channels": self.channels,
-            "size": list(self.size),
-            "layer": self.layer,
-            "mean": self.mean.tolist(),
-            "std": self.std.tolist(),
-        }
-
-    def describe(self, images: Float[Tensor, "b c h w"]) -> Float[Tensor, "b n d"]:
-        """Resize, run the network up to the layer, bring its map to the patch grid."""
-        grid = self.grid(images.shape[2], images.shape[3])
-        x = adapt_channels(images, len(self.mean))
-        if x.shape[2:] != self.size:
-            x = functional.interpolate(x, self.size, mode="bicubic", antialias=True).clamp(0.0, 1.0)
-        x = (x - self.mean[:, None, None]) / self.std[:, None, None]
-        (found,) = self.model.forward_intermediates(
-            x, indices=[self.layer], norm=self._last, stop_early=True, output_fmt="NCHW", intermediates_only=True
-        )
-        return _to_grid(found, grid).flatten(2).transpose(1, 2)
-
-
-def _to_grid(found: Float[Tensor, "b d h w"], grid: tuple[int, int]) -> Float[Tensor, "b d rows columns"]:
-    """A feature map on the patch grid: averaged where it is finer, interpolated where it is coarser."""
-    if found.shape[2:] == grid:
-        return found
-    if found.shape[2] >= grid[0] and found.shape[3] >= grid[1]:
-        return functional.adaptive_avg_pool2d(found, grid)
-    return functional.interpolate(found, grid, mode="bilinear", antialias=True)
+        return {"name": "backbone", **super().config()}
 
 
 def _outline(name: str, spec: str) -> Any:

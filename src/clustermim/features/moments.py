@@ -189,7 +189,12 @@ class Spread:
             raise no_variance(spec, self.rows)
 
     def facts(self) -> dict[str, Any]:
-        """For a tokenizer's config: variance of each dimension to four digits, and the numbers of the constant ones."""
+        """For a tokenizer's config: variance of each dimension to four digits, and the numbers of the constant ones.
+
+        Empty where no rows came, for then nothing is known.
+        """
+        if not self.rows:
+            return {}
         return {
             "feature_variance": [float(f"{value:.4g}") for value in self.variance.tolist()],
             "constant_dimensions": self.constant.nonzero()[:, 0].tolist(),

@@ -23,6 +23,7 @@ _REGISTRY = {
     "pixel": "clustermim.features.pixel:PixelFeatures",
     "hog": "clustermim.features.hog:HOGFeatures",
     "backbone": "clustermim.features.backbone:BackboneFeatures",
+    "run": "clustermim.features.run_encoder:RunFeatures",
 }
 _CLASSES = _REGISTRY | {"+": "clustermim.features.joining:JoinedFeatures"}  # which a user does not name
 

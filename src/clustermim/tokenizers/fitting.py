@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Float
@@ -45,12 +45,13 @@ def fit(
     device: str | torch.device = "cpu",
     workers: int | None = None,
     progress: bool = False,
+    fit_views: Literal["eval", "train"] = "eval",
     vqvae: VQVAEConfig | None = None,
     fabric: Fabric | None = None,
     checkpoints: Checkpoints | None = None,
     stop: StopRequest | None = None,
 ) -> Tokenizer:
-    """Make a tokenizer of any kind from the eval views of a source; a VQ-VAE from its train views.
+    """Make a tokenizer of any kind from the images of a source; a VQ-VAE always from its train views.
 
     Parameters
     ----------
@@ -74,6 +75,9 @@ def fit(
         As for `make_loader`.
     progress
         Show a bar on stderr.
+    fit_views
+        Which view of each image is described: ``"eval"``, or ``"train"``: the crop and flip of (seed, epoch 0, index),
+        the same in every pass. Centroids meet crops in pretraining, whose resized pixels are smoother.
     vqvae
         How a VQ-VAE is trained; only for that kind, and there `batch_size` is the number of images of a step.
     fabric
@@ -145,11 +149,14 @@ def fit(
         view,
         batch_size=batch_size,
         train=False,
+        crops=fit_views == "train",
+        seed=seed,
         device=device,
         workers=workers,
         rank=rank,
         world_size=processes,
     )
+    facts |= {"fit_views": fit_views}
 
     if described.needs_fit:
         facts |= _fit_features(described, loader, progress)

@@ -48,6 +48,7 @@ def fit_tokenizer(
     n_init: int | None = None,
     max_passes: int = 20,
     tol: float = 2e-3,
+    fit_views: Literal["eval", "train"] = "eval",
     align_with: Literal["labels"] | None = None,
     align_from: int | None = None,
     align_images: int | None = None,
@@ -68,9 +69,9 @@ def fit_tokenizer(
         Images: digits, a folder, .zip, .npz, .tif or parquet; in Python also an array or a Dataset. The train split,
         unless #test or #all says otherwise.
     features
-        What a patch is described by: pixel[?standardise=true&context=12&whiten=true], hog[?orientations=9&cell=8], or
-        backbone:NAME[@FILE][?layer=9&size=224] with a timm NAME; several are joined by +, and |pca=64[&whiten=true]
-        behind them keeps principal components.
+        What a patch is described by: pixel[?standardise=true&context=12&whiten=true], hog[?orientations=9&cell=8],
+        backbone:NAME[@FILE][?layer=9&size=224&dtype=bf16] with a timm NAME, or run:DIR[?layer=6], the encoder of an
+        earlier pretraining; several are joined by +, and |pca=64[&whiten=true] behind them keeps principal components.
     k
         Vocabulary: the number of tokens.
     patch_size
@@ -90,6 +91,9 @@ def fit_tokenizer(
         At most so many passes over all patches.
     tol
         Stop when a pass lowers the inertia by less than this share.
+    fit_views
+        Which view of each image is clustered: eval (the whole image), or train (one random crop and flip of each, the
+        same in every pass), since crops are what the tokenizer meets in pretraining.
     align_with
         labels: cluster into more tokens and merge them down to k so that they line up with classes; the gain over plain
         K-means of k tokens is measured on labelled images that took no part.
@@ -130,7 +134,8 @@ def fit_tokenizer(
     Stopped
         On SIGTERM or SIGUSR1, where `out` is given: `resume` continues.
     """
-    _refuse_inapplicable(kind, vqvae, features=features, metric=metric, n_init=n_init, max_passes=max_passes, tol=tol)
+    only_clustered = {"metric": metric, "n_init": n_init, "max_passes": max_passes, "tol": tol, "fit_views": fit_views}
+    _refuse_inapplicable(kind, vqvae, features=features, **only_clustered)
     fabric = _exact_fabric(device, devices)
     if kind != "vqvae":  # which launches its own, of another precision
         fabric.launch()
@@ -149,6 +154,7 @@ def fit_tokenizer(
         "n_init": n_init,
         "max_passes": max_passes,
         "tol": tol,
+        "fit_views": fit_views,
         "batch_size": batch_size,
         "workers": workers,
     }
