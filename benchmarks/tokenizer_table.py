@@ -12,6 +12,7 @@ where it was; --quick tries everything on few images.
 
 import argparse
 import json
+import os
 import subprocess
 import sys
 import tempfile
@@ -20,6 +21,9 @@ import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+# Before torch loads, as the command line does: spinning OpenMP threads take the cores from whatever else runs.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import numpy as np
 from recording import commit, provenance, record
