@@ -23,12 +23,12 @@ def source() -> ImageSource:
 def test_every_image_comes_once_in_its_training_view(workers: int | None) -> None:
     images = source()
     train = make_loader(images, batch_size=7, train=True, seed=3, workers=workers)
-    seen_in_training = {int(i): view for batch in train.epoch() for i, view in zip(batch.index, batch.images, strict=True)}
+    cut = {int(i): view for batch in train.epoch() for i, view in zip(batch.index, batch.images, strict=True)}
     ordered = make_loader(images, batch_size=16, train=False, crops=True, seed=3, workers=workers)
     seen = [(int(i), view) for batch in ordered.epoch() for i, view in zip(batch.index, batch.images, strict=True)]
-    assert [i for i, _ in seen] == list(range(70)) and len(seen_in_training) == 70
+    assert [i for i, _ in seen] == list(range(70)) and len(cut) == 70
     for i, view in seen:
-        torch.testing.assert_close(view, seen_in_training[i], atol=1e-6, rtol=1e-6)
+        torch.testing.assert_close(view, cut[i], atol=1e-6, rtol=1e-6)
 
 
 def test_training_views_give_other_centroids_whatever_the_batch() -> None:
