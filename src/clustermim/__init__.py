@@ -31,6 +31,7 @@ _API = {
     "probe": "clustermim.verbs.probe_encoders",
     "finetune": "clustermim.verbs.finetune_encoder",
     "embed": "clustermim.verbs.embed_images",
+    "show": "clustermim.verbs.show_run",
     "export_encoder": "clustermim.verbs.export_run",
     "import_checkpoint": "clustermim.verbs.import_file",
     "demo": "clustermim.verbs.run_demo",
@@ -59,6 +60,7 @@ __all__ = [
     "pretrain",
     "probe",
     "score_tokens",
+    "show",
     "show_tokenizer",
     "tcas",
     "tokenize",
@@ -83,6 +85,7 @@ if TYPE_CHECKING:
     from clustermim.verbs.probe_encoders import probe
     from clustermim.verbs.run_demo import demo
     from clustermim.verbs.score import tcas
+    from clustermim.verbs.show_run import show
     from clustermim.verbs.tokenize_images import tokenize
     from clustermim.verbs.tokenizer_fit import fit_tokenizer
     from clustermim.verbs.tokenizer_import import import_tokenizer

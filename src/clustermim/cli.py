@@ -23,6 +23,7 @@ _VERBS = {
     "tcas": ("score:tcas", "Score tokenizers with labelled images, before any training."),
     "graph": ("graph_spectrum:graph", "The augmentation graph of masked images, with tokens and without."),
     "pretrain": ("pretrain_encoder:pretrain", "Pretrain a ViT by masked image modelling."),
+    "show": ("show_run:show", "What an encoder sees, as pictures and one page."),
     "export": ("export_run:export_encoder", "Give an encoder to timm, transformers, ONNX or code in MAE's layout."),
     "import": ("import_file:import_checkpoint", "Make a run of a checkpoint of MAE, DINO, iBOT, BEiT or timm."),
     "probe": ("probe_encoders:probe", "Judge encoders: k-NN, linear, few-shot, retrieval, clustering and more."),
