@@ -17,6 +17,7 @@ from clustermim.data.options import DataOptions
 from clustermim.data.sources import ImageSource, open_source
 from clustermim.errors import InputError
 from clustermim.tokenizers.aligned import AlignedTokenizer, merge_vocabulary
+from clustermim.tokenizers.codebook import Codebook
 from clustermim.tokenizers.fitting import fit
 from clustermim.tokenizers.importing import import_centroids
 from clustermim.tokenizers.tokenizer import KINDS, KMeansTokenizer, Tokenizer, load_tokenizer
@@ -37,6 +38,8 @@ CASES: dict[str, dict[str, Any]] = {
     "components": {"k": 8, "features": "pixel?whiten=true+hog|pca=9&whiten=true"},
     "backbone": {"k": 8, "features": "backbone:test_resnet@WEIGHTS?layer=2&size=64"},
     "large": {"k": 200},
+    "two levels": {"k": 60, "levels": 2, "probes": 3},
+    "two levels, cosine": {"k": 20, "levels": 2, "metric": "cosine"},
     "imported": {"k": 8, "imported": "dot"},
     "vqvae": {"k": 8, "kind": "vqvae", "vqvae": VQVAEConfig(epochs=3, width=8, depth=1, code_dim=4)},
     "gumbel": {
@@ -223,6 +226,21 @@ def test_batch_size_does_not_change_a_fit(weights: Path) -> None:
     assert make(CASES["pixel"], weights, seed=1).fingerprint() != made[0].fingerprint()
 
 
+def test_probes_can_be_set_after_the_fit(weights: Path, tmp_path: Path) -> None:
+    made = make(CASES["two levels"], weights)
+    assert made.config["levels"] == 2 and made.config["probes"] == 3 and made.facts["cells"] == made.config["cells"]
+    every = made.with_probes(made.config["cells"])
+    assert made.codebook is not None and made.codebook.probes == 3  # the first is as it was
+    assert every.fingerprint() != made.fingerprint()
+    x = torch.rand(20, 3, 8, 12)
+    described = made.features(x).flatten(0, 1)  # type: ignore[misc]
+    assert torch.equal(every(x).flatten(), Codebook(made.codebook.centroids).assign(described))
+    every.save_pretrained(tmp_path)
+    assert torch.equal(load_tokenizer(tmp_path)(x), every(x))
+    with pytest.raises(InputError, match="no cells"):
+        make(CASES["pixel"], weights).with_probes(2)
+
+
 def test_controls_name_what_they_should(weights: Path) -> None:
     x, index, labels = torch.rand(60, 3, 8, 12), torch.arange(60), torch.arange(60) % 3
     assert torch.equal(make(CASES["identity"], weights).encode(x, index=index), torch.arange(60 * 6).view(60, 6))
@@ -283,6 +301,11 @@ def test_bad_fits_are_told(weights: Path) -> None:
         ({"k": 361}, "360 among 360"),
         ({"kind": "kmean"}, "Did you mean 'kmeans'"),
         ({"features": "pxel"}, "Did you mean 'pixel'"),
+        ({"probes": 2}, "on two levels only"),
+        ({"k": 100, "levels": 2, "probes": 11}, "has 10 cells"),
+        ({"k": 3, "levels": 2}, "at least 4"),
+        ({"kind": "random", "levels": 2}, "one level"),
+        ({"k": 361, "levels": 2}, "360 among 360"),
     ):
         with pytest.raises(InputError, match=told):
             make({}, weights, **more)

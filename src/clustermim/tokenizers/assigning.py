@@ -89,6 +89,42 @@ class Assigner:
                 ids[start : start + len(block)] = self._timed(block)
         return ids
 
+    @torch.no_grad()
+    def nearest(self, x: Float[Tensor, "n d"], count: int) -> Int64[Tensor, "n count"]:
+        """The ids of the `count` nearest centroids of each row, in no particular order; ties go to the lower ids.
+
+        Exact as a set, like the nearest one.
+        """
+        if count == 1:
+            return self(x)[:, None]
+        if count >= self.size:
+            return torch.arange(self.size, device=x.device).expand(len(x), -1)
+        ids = torch.empty(len(x), count, dtype=torch.int64, device=x.device)
+        table = self._table("float32")
+        with torch.autocast(x.device.type, enabled=False):
+            for start in range(0, len(x), self.rows):
+                block = x[start : start + self.rows].float()
+                scores, least, limit = table.scores(block)
+                found = scores.t().contiguous().topk(count + 1, dim=1, largest=False)
+                here = found.indices[:, :count]
+                # The set is certain where what follows it is farther than rounding reaches. The limit grows with the
+                # score it is made for, so the distance of the two is taken at the larger of both.
+                last, after = found.values[:, count - 1], found.values[:, count]
+                reach = (limit - least.amin(0)) + 2.0**-22 * last.abs()
+                unsure = (~(after - last > reach) | ~torch.isfinite(limit)).nonzero()[:, 0]
+                for rows in torch.split(unsure, max(_EXACT // (self.size * self.dim), 1)):
+                    far = self.exact_distances(block[rows], self._centroids[None], self.metric)
+                    here[rows] = far.argsort(dim=1, stable=True)[:, :count]
+                ids[start : start + len(block)] = here
+        return ids
+
+    @staticmethod
+    def exact_distances(x: Float[Tensor, "n d"], c: Float[Tensor, "m k d"], metric: Metric) -> Float64[Tensor, "n k"]:
+        """What is least at the nearest centroid, in float64, for rows with K centroids of their own or in common."""
+        where = torch.device("cpu") if x.device.type == "mps" else x.device  # which has no float64
+        x, c = x.to(where).double()[:, None], c.to(where).double()
+        return (x - c).square_().sum(-1) if metric == "l2" else -(x * c).sum(-1)
+
     def _timed(self, block: Float[Tensor, "n d"]) -> Int64[Tensor, " n"]:
         """Search with the chosen product; while none is, with either in turn, under a stopwatch."""
         if self._products is not None:

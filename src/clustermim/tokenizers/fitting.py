@@ -17,12 +17,13 @@ from clustermim.features.moments import Spread
 from clustermim.features.patches import PatchFeatures, make_features
 from clustermim.runs import environment_facts
 from clustermim.tokenizers.codebook import Codebook
-from clustermim.tokenizers.kmeans import fit_kmeans
+from clustermim.tokenizers.kmeans import KMeansResult, fit_kmeans
 from clustermim.tokenizers.lloyd import FitMetric
 from clustermim.tokenizers.progress import PassProgress
 from clustermim.tokenizers.signatures import note_signatures
 from clustermim.tokenizers.streams import Blocks
 from clustermim.tokenizers.tokenizer import KMeansTokenizer, Tokenizer, class_of
+from clustermim.tokenizers.twolevelfit import TWO_LEVELS_FROM, TwoLevelResult, check_levels, fit_two_levels
 from clustermim.tokenizers.vqvae.fitting import fit_vqvae
 from clustermim.tokenizers.vqvae.training import VQVAEConfig
 from clustermim.training.checkpoints import Checkpoints
@@ -41,6 +42,8 @@ def fit(
     n_init: int | None = None,
     max_passes: int = 20,
     tol: float = 2e-3,
+    levels: int | None = None,
+    probes: int | None = None,
     batch_size: int = 256,
     device: str | torch.device = "cpu",
     workers: int | None = None,
@@ -66,7 +69,12 @@ def fit(
     kind
         A name in `clustermim.tokenizers.tokenizer.KINDS`.
     metric, seed, n_init, max_passes, tol
-        As for `fit_kmeans`.
+        As for `fit_kmeans`; on two levels `n_init`, `max_passes` and `tol` are not used.
+    levels
+        1 searches all centroids for a patch, 2 those of the nearest cells (`fit_two_levels`); None takes 2 from
+        `TWO_LEVELS_FROM` on. The config says which it was.
+    probes
+        Cells searched for a patch, on two levels; None takes 4.
     batch_size
         Images described at once; changes speed and memory, not the result.
     device
@@ -95,8 +103,8 @@ def fit(
     ------
     InputError
         A patch side that does not divide the images, an unknown kind, feature, or network, k < 2 or more than there
-        are distinct patches, or labels missing where the kind needs them. Raised before work starts, save for the
-        number of distinct patches.
+        are distinct patches, `probes` that fit no two levels, or labels missing where the kind needs them. Raised
+        before work starts, save for the number of distinct patches.
     """
     view = source.view
     view.check_patch_size(patch_size)
@@ -105,6 +113,9 @@ def fit(
         raise InputError(f"A vocabulary of k = {k} tells no patches apart; choose k of at least 2.")
     if vqvae is not None and kind != "vqvae":
         raise InputError(f"Tokenizers of kind {kind!r} are not trained: leave out `vqvae`, or use kind 'vqvae'.")
+    if levels is None:
+        levels = 2 if kind == "kmeans" and k >= TWO_LEVELS_FROM else 1
+    check_levels(kind, k, levels, probes)
     grid = (view.image_size[0] // patch_size, view.image_size[1] // patch_size)
     config: dict[str, Any] = {
         "kind": kind,
@@ -173,8 +184,14 @@ def fit(
         if processes == 1:  # one of several may see blank images only
             spread.check(described.spec)
 
+    result: KMeansResult | TwoLevelResult
     if kind == "random-centroids":
-        centroids = _gaussian_like(blocks, k, seed, progress)
+        codebook = Codebook(_gaussian_like(blocks, k, seed, progress).cpu(), metric)
+    elif levels == 2:
+        result = fit_two_levels(blocks, k, metric=metric, seed=seed, probes=probes, progress=progress)
+        codebook = result.codebook.cpu()
+        config |= {"levels": 2, "cells": result.codebook.num_cells, "probes": result.codebook.probes}
+        facts |= {"levels": 2, "cells": config["cells"], "probes": config["probes"]} | _of_result(result)
     else:
         result = fit_kmeans(
             blocks,
@@ -192,24 +209,27 @@ def fit(
         )
         if processes > 1:
             spread.share()
-        centroids = result.centroids
-        full = [step for step in result.history if step["stage"] == "full"]
-        facts |= {
-            "patches": result.num_rows,
-            "inertia": result.inertia,
-            "inertia_per_patch": result.inertia / result.num_rows,
-            "full_passes": len(full),
-            "starts": result.starts,
-            "used_tokens": int((result.counts > 0).sum()),
-            "perplexity": _perplexity(result.counts),
-        }
+        codebook = Codebook(result.centroids.cpu(), metric)
+        facts |= {"levels": 1, "starts": result.starts} | _of_result(result)
     described = described.cpu()
     config |= {"features": described.config(), "dim": described.dim, "metric": metric}
     facts |= {"spec": described.spec, "metric": metric, **spread.facts()}
-    tokenizer = made(config | {"facts": facts}, described, Codebook(centroids.cpu(), metric))
+    tokenizer = made(config | {"facts": facts}, described, codebook)
     if kind == "kmeans":  # the controls are what they are
         note_signatures(tokenizer, source, batch_size=batch_size, device=device, workers=workers)
     return tokenizer
+
+
+def _of_result(result: KMeansResult | TwoLevelResult) -> dict[str, Any]:
+    """What a fit tells about itself, however it was made."""
+    return {
+        "patches": result.num_rows,
+        "inertia": result.inertia,
+        "inertia_per_patch": result.inertia / result.num_rows,
+        "full_passes": sum(step["stage"] == "full" for step in result.history),
+        "used_tokens": int((result.counts > 0).sum()),
+        "perplexity": _perplexity(result.counts),
+    }
 
 
 def _fit_features(features: PatchFeatures, loader: Loader, progress: bool) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 A new kind is one file with a `Tokenizer` subclass and one line in `KINDS`.
 """
 
+import copy
 import hashlib
 import importlib
 import json
@@ -29,6 +30,7 @@ from clustermim.errors import InputError, nearest
 from clustermim.features.patches import PatchFeatures, check_divides, rebuild_features
 from clustermim.runs import atomic_save, atomic_write
 from clustermim.tokenizers.codebook import Codebook
+from clustermim.tokenizers.twolevel import TwoLevelCodebook
 
 Module = TypeVar("Module", bound=nn.Module)
 
@@ -242,6 +244,22 @@ class Tokenizer(
             channels=self.channels if options.channels is None else options.channels,
         )
 
+    def with_probes(self, probes: int) -> "Tokenizer":
+        """A copy that searches so many cells for each patch; its fingerprint differs, as its tokens may.
+
+        Raises
+        ------
+        InputError
+            The tokenizer has no two levels, or fewer cells.
+        """
+        if not isinstance(self.codebook, TwoLevelCodebook):
+            raise InputError(f"--probes {probes}: this tokenizer has no cells to search; leave --probes out.")
+        other = copy.deepcopy(self)
+        assert isinstance(other.codebook, TwoLevelCodebook)
+        other.codebook.probes = probes
+        other.config = {**self.config, "probes": probes}
+        return other
+
     def fingerprint(self) -> str:
         """16 hex digits of everything a token depends on: kind, sizes, features, centroids and weights."""
         essence = {key: value for key, value in self.config.items() if key != _MADE_BY}
@@ -314,7 +332,8 @@ class KMeansTokenizer(Tokenizer):
     Parameters
     ----------
     config
-        Also holds ``features`` (their config), ``dim`` and ``metric``.
+        Also holds ``features`` (their config), ``dim`` and ``metric``; on two levels ``levels`` (2), ``cells`` and
+        ``probes``.
     features, codebook
         The fitted parts; None to make empty ones, whose state is loaded afterwards.
     """
@@ -328,9 +347,15 @@ class KMeansTokenizer(Tokenizer):
     ) -> None:
         super().__init__(config)
         self.features = rebuild_features(config["features"]) if features is None else features
-        empty = torch.zeros(self.vocab_size, int(config["dim"]))
-        self.codebook = Codebook(empty, config["metric"]) if codebook is None else codebook
+        self.codebook = self._empty() if codebook is None else codebook
         self.requires_grad_(False).eval()
+
+    def _empty(self) -> Codebook:
+        """A codebook of the right sizes, whose state is loaded afterwards."""
+        k, dim, metric = self.vocab_size, int(self.config["dim"]), self.config["metric"]
+        if self.config.get("levels", 1) == 2:
+            return TwoLevelCodebook.empty(k, int(self.config["cells"]), dim, metric, int(self.config["probes"]))
+        return Codebook(torch.zeros(k, dim), metric)
 
     def tokens(
         self,

@@ -62,6 +62,7 @@ def tokenize(
     out: Path,
     resume: bool = False,
     shard_size: int = 10_000,
+    probes: int | None = None,
     batch_size: int = 256,
     device: Device = "auto",
     workers: int | None = None,
@@ -88,6 +89,9 @@ def tokenize(
         Start, go on where a command was broken off (whole shards are kept), or accept what is finished.
     shard_size
         Images a shard, where `out` is a folder.
+    probes
+        For a tokenizer on two levels: cells searched for each patch. More are slower and nearer to a full search; the
+        fingerprint changes with them. Default: as it was fitted.
     batch_size
         Images tokenized at once.
     device
@@ -121,6 +125,8 @@ def tokenize(
         raise InputError(f"--out {out} is there already; nothing was touched. Choose another name, or remove it first.")
     where = resolve_device(device)
     loaded = load_tokenizer(tokenizer)
+    if probes is not None:
+        loaded = loaded.with_probes(probes)
     source = open_source(data, loaded.fill_options(options))
     if message := source.skipped_message():
         Console(stderr=True).print(message, markup=False, highlight=False)

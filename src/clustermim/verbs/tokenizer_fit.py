@@ -52,6 +52,8 @@ def fit_tokenizer(
     align_with: Literal["labels"] | None = None,
     align_from: int | None = None,
     align_images: int | None = None,
+    levels: Literal[1, 2] | None = None,
+    probes: int | None = None,
     batch_size: int = 256,
     device: Device = "auto",
     devices: int = 1,
@@ -101,6 +103,11 @@ def fit_tokenizer(
         Tokens before merging. Default: 20 times k, at most 2,000 or 4 times k.
     align_images
         Labelled images to merge by; the others judge. Default: half of them.
+    levels
+        1 compares a patch with all centroids; 2 parts them into about √k cells and searches the nearest few. Default:
+        2 for kmeans from k = 8193 on. The table that is printed says which it was.
+    probes
+        Cells searched for each patch, on two levels: more are slower and nearer to a full search. Default: 4.
     batch_size
         Images described at once; the result does not depend on it. For vqvae the images of a training step, at most
         all of them.
@@ -155,6 +162,8 @@ def fit_tokenizer(
         "max_passes": max_passes,
         "tol": tol,
         "fit_views": fit_views,
+        "levels": levels,
+        "probes": probes,
         "batch_size": batch_size,
         "workers": workers,
     }
