@@ -198,6 +198,27 @@ def test_a_token_target_without_a_tokenizer(fails: Invoke, tmp_path: Path) -> No
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.parametrize(
+    ("more", "told"),
+    [
+        (("--probes", 2), "two levels only"),
+        (("--levels", 2, "--probes", 9), "has 5 cells"),
+        (("--levels", 2, "--kind", "random"), "one level"),
+        (("--levels", 3), "levels"),
+    ],
+)
+def test_levels_and_probes_that_do_not_fit(fails: Invoke, tmp_path: Path, more: tuple[object, ...], told: str) -> None:
+    out = tmp_path / "out"
+    assert told in fails("tokenizer", "fit", "--data", "digits", "--k", 24, "--patch-size", 4, "--out", out, *more)
+    assert not out.exists()
+
+
+def test_probes_of_a_tokenizer_without_cells(fails: Invoke, tmp_path: Path, tokenizer: Path) -> None:
+    out = tmp_path / "ids.npz"
+    message = fails("tokenize", "--tokenizer", tokenizer, "--data", "digits", "--out", out, "--probes", 2)
+    assert "no cells" in message and not out.exists()
+
+
 def test_what_is_no_tokenizer(fails: Invoke, tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text("{}")
     fails("tcas", "--tokenizer", tmp_path, "--data", "digits")

@@ -20,7 +20,7 @@ from clustermim.tokenizers.assigning import Assigner, Metric
 from clustermim.tokenizers.codebook import Codebook
 
 DEFAULT_PROBES = 4
-"""Cells that are searched: on 4×4×3 pixel patches a few per cent from the full search's error."""
+"""Cells that are searched; `benchmarks/large_vocabulary.py` draws error against speed for others."""
 
 _ROWS = 1 << 17  # sorted by cell at once: enough that each cell gets a product worth starting
 _NUMBERS = 1 << 23  # floats in such a block, at most

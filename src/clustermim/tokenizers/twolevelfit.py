@@ -32,7 +32,7 @@ from clustermim.tokenizers.streams import Blocks
 from clustermim.tokenizers.twolevel import DEFAULT_PROBES, TwoLevelCodebook
 
 TWO_LEVELS_FROM = 8193
-"""Vocabulary from which two levels are the default: plain K-means then costs minutes a million patches and pass."""
+"""Vocabulary from which two levels are the default: a patch is then compared with a twentieth of the centroids."""
 
 _SAMPLE_BYTES = 1 << 29
 _DIMENSION = 10.0

@@ -142,6 +142,7 @@ def fit_tokenizer(
         On SIGTERM or SIGUSR1, where `out` is given: `resume` continues.
     """
     only_clustered = {"metric": metric, "n_init": n_init, "max_passes": max_passes, "tol": tol, "fit_views": fit_views}
+    only_clustered |= {"levels": levels, "probes": probes}
     _refuse_inapplicable(kind, vqvae, features=features, **only_clustered)
     fabric = _exact_fabric(device, devices)
     if kind != "vqvae":  # which launches its own, of another precision
@@ -170,6 +171,9 @@ def fit_tokenizer(
     common: dict[str, Any] = {"features": features, "device": where, "progress": True, "fabric": fabric}
     make: Callable[..., Tokenizer] = partial(fit, source, **common, **fitted)
     if align_with is not None:
+        if levels == 2 or probes is not None:
+            raise InputError("--align-with labels merges tokens of one level; leave --levels and --probes out.")
+        fitted["levels"] = 1
         plan = plan_alignment(source, k, fine=align_from, images=align_images, kind=kind, seed=seed)
         make = partial(fit_aligned, source, plan, **common, **fitted)
         fitted |= {"align_with": align_with, "align_from": align_from, "align_images": align_images}
