@@ -3,6 +3,7 @@
 import copy
 import itertools
 import pickle
+import signal
 from collections.abc import Callable, Iterable
 
 import pytest
@@ -10,10 +11,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from clustermim.errors import InputError
+from clustermim.errors import InputError, Stopped
 from clustermim.tokenizers.kmeans import fit_kmeans
 from clustermim.tokenizers.twolevel import TwoLevelCodebook
 from clustermim.tokenizers.twolevelfit import TwoLevelResult, fit_two_levels, share_out
+from clustermim.training.launch import StopRequest
 
 
 def gaussian(seed: int, *shape: int) -> torch.Tensor:
@@ -178,3 +180,13 @@ def test_bad_fits_are_told() -> None:
     sizes = iter([3000, 2000])
     with pytest.raises(InputError, match="3000 at first, 2000 now"):
         fit_two_levels(lambda: iter([gaussian(0, next(sizes), 2)]), 40)
+
+
+def test_a_request_to_stop_is_heard() -> None:
+    stop = StopRequest()
+    stop.receive(signal.SIGTERM, None)
+    with pytest.raises(Stopped, match="by SIGTERM.*--resume"):
+        fitted(gaussian(0, 300, 3), 40, stop=stop)
+    stop.receive(signal.SIGINT, None)
+    with pytest.raises(KeyboardInterrupt):
+        fitted(gaussian(0, 300, 3), 40, stop=stop)

@@ -188,7 +188,7 @@ def fit(
     if kind == "random-centroids":
         codebook = Codebook(_gaussian_like(blocks, k, seed, progress).cpu(), metric)
     elif levels == 2:
-        result = fit_two_levels(blocks, k, metric=metric, seed=seed, probes=probes, progress=progress)
+        result = fit_two_levels(blocks, k, metric=metric, seed=seed, probes=probes, progress=progress, stop=stop)
         codebook = result.codebook.cpu()
         config |= {"levels": 2, "cells": result.codebook.num_cells, "probes": result.codebook.probes}
         facts |= {"levels": 2, "cells": config["cells"], "probes": config["probes"]} | _of_result(result)

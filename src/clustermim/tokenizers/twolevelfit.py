@@ -16,13 +16,15 @@ of batches changes them, and memory depends on K and the sample, not on the numb
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
 
 import torch
 from jaxtyping import Float, Float64, Int64
 from torch import Tensor
 
 from clustermim.data.counted import Stream, uniform
-from clustermim.errors import InputError
+from clustermim.errors import InputError, Stopped
 from clustermim.tokenizers.assigning import Assigner
 from clustermim.tokenizers.codebook import unit_rows
 from clustermim.tokenizers.kmeans import fit_kmeans
@@ -30,6 +32,7 @@ from clustermim.tokenizers.lloyd import FitMetric
 from clustermim.tokenizers.progress import PassProgress
 from clustermim.tokenizers.streams import Blocks
 from clustermim.tokenizers.twolevel import DEFAULT_PROBES, TwoLevelCodebook
+from clustermim.training.launch import StopRequest
 
 TWO_LEVELS_FROM = 8193
 """Vocabulary from which two levels are the default: a patch is then compared with a twentieth of the centroids."""
@@ -76,6 +79,7 @@ def fit_two_levels(
     refinements: int = 1,
     sample_size: int | None = None,
     progress: bool = False,
+    stop: StopRequest | None = None,
 ) -> TwoLevelResult:
     """Cluster the rows that `blocks()` yields into k groups, in about √k cells.
 
@@ -99,6 +103,8 @@ def fit_two_levels(
         Rows held in memory to fill the cells; None takes 64 a cluster, at most 512 MB of them.
     progress
         Show a bar on stderr.
+    stop
+        Looked at between parts of the rows. There are no checkpoints: what was stopped starts again.
 
     Returns
     -------
@@ -110,14 +116,18 @@ def fit_two_levels(
     InputError
         k < 4, k larger than the number of distinct rows, rows with NaN or infinity, or no rows at all; `cells` or
         `probes` out of range.
+    Stopped, KeyboardInterrupt
+        On request.
     """
     wanted = round(math.sqrt(k)) if cells is None else cells
     check_levels("kmeans", k, 2, probes, wanted)
-    coarse = fit_kmeans(blocks, wanted, metric=metric, seed=seed, n_init=1, max_passes=3, tol=1e-2, progress=progress)
+    common: dict[str, Any] = {"metric": metric, "n_init": 1}
+    watched = partial(_watched, blocks, stop)
+    coarse = fit_kmeans(watched, wanted, seed=seed, max_passes=3, tol=1e-2, progress=progress, **common)
     with PassProgress("patches", show=progress) as bar:
-        rows = _Rows(blocks, metric, coarse.num_rows, bar)
+        rows = _Rows(watched, metric, coarse.num_rows, bar)
         sample = _sample(rows, k, seed, sample_size)
-        centroids, cell_centroids, offsets = _fill(sample, coarse.centroids, k, metric, seed, bar)
+        centroids, cell_centroids, offsets = _fill(sample, coarse.centroids, k, seed, bar, common)
         used = min(DEFAULT_PROBES if probes is None else probes, len(cell_centroids))
         codebook = TwoLevelCodebook(centroids, cell_centroids, offsets, metric, used)
         history: list[dict[str, float | int | str]] = []
@@ -164,6 +174,19 @@ def check_levels(kind: str, k: int, levels: int, probes: int | None, cells: int 
         raise InputError(f"A vocabulary of {k} on two levels needs 2 to {k // 2} cells, not {cells}.")
     if probes is not None and not 1 <= probes <= cells:
         raise InputError(f"--probes {probes} is out of range: k = {k} has {cells} cells. Use 1 to {cells}.")
+
+
+def _watched(blocks: Blocks, stop: StopRequest | None) -> Iterator[Tensor]:
+    """The rows of a pass, until a stop is asked for."""
+    for block in blocks():
+        if stop is not None and stop.reason is not None:
+            if stop.interrupted:
+                raise KeyboardInterrupt
+            raise Stopped(
+                f"K-means on two levels was stopped {stop.reason}. It keeps no checkpoints: repeat the command with "
+                "--resume to start it again."
+            )
+        yield block
 
 
 class _Rows:
@@ -223,9 +246,15 @@ def _keys(rows: Float[Tensor, "n d"]) -> Float64[Tensor, " n"]:
 
 
 def _fill(
-    sample: Float[Tensor, "n d"], coarse: Float[Tensor, "c d"], k: int, metric: FitMetric, seed: int, bar: PassProgress
+    sample: Float[Tensor, "n d"],
+    coarse: Float[Tensor, "c d"],
+    k: int,
+    seed: int,
+    bar: PassProgress,
+    common: dict[str, Any],
 ) -> tuple[Float[Tensor, "k d"], Float[Tensor, "c2 d"], Int64[Tensor, " c3"]]:
     """K-means in each cell that holds rows of the sample: centroids, the cells' own, and the cells' bounds."""
+    metric = common["metric"]
     cell = Assigner(coarse, metric)(sample)
     order = cell.argsort(stable=True)
     parts = torch.split(sample[order], torch.bincount(cell, minlength=len(coarse)).tolist())
@@ -243,11 +272,10 @@ def _fill(
         fitted = fit_kmeans(
             lambda part=part: iter([part]),  # type: ignore[misc]
             share,
-            metric=metric,
             seed=seed + index,
-            n_init=1,
             max_passes=_CELL_PASSES,
             tol=_CELL_TOL,
+            **common,
         )
         found.append(fitted.centroids)
     offsets = torch.tensor([0, *shares]).cumsum(0)
