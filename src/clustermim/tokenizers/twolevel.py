@@ -22,8 +22,8 @@ from clustermim.tokenizers.codebook import Codebook
 DEFAULT_PROBES = 4
 """Cells that are searched; `benchmarks/large_vocabulary.py` draws error against speed for others."""
 
-_ROWS = 1 << 17  # sorted by cell at once: enough that each cell gets a product worth starting
-_NUMBERS = 1 << 23  # floats in such a block, at most
+_PAIRS = 1 << 19  # of row and cell, sorted by cell at once: enough that each cell gets a product worth starting
+_NUMBERS = 1 << 25  # floats of their rows, at most
 
 
 class TwoLevelCodebook(Codebook):
@@ -135,7 +135,7 @@ class TwoLevelCodebook(Codebook):
         probes = self.probes if probes is None else probes
         if not 1 <= probes <= self.num_cells:
             raise InputError(f"probes = {probes} is out of range: this codebook has {self.num_cells} cells.")
-        rows = max(min(_ROWS, _NUMBERS // self.dim) // probes, 1024)
+        rows = max(min(_PAIRS, _NUMBERS // self.dim) // probes, 1024)
         with torch.autocast(x.device.type, enabled=False):
             found = [self._assign_block(block.float(), probes) for block in torch.split(x, rows)]
         return torch.cat(found)

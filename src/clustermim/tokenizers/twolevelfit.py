@@ -38,6 +38,7 @@ TWO_LEVELS_FROM = 8193
 """Vocabulary from which two levels are the default: a patch is then compared with a twentieth of the centroids."""
 
 _SAMPLE_BYTES = 1 << 29
+_BLOCK_ROWS, _BLOCK_NUMBERS = 1 << 17, 1 << 23
 _DIMENSION = 10.0
 _CELL_PASSES = 10  # Lloyd steps inside a cell, at most, after those on its growing samples
 _CELL_TOL = 2e-3
@@ -198,12 +199,18 @@ class _Rows:
         self.largest = 0.0  # absolute value
 
     def __call__(self, what: str) -> Iterator[Tensor]:
-        """One pass."""
+        """One pass, in blocks that are large enough to be sorted into cells."""
         rows = 0
+        held: list[Tensor] = []
         for block in self._bar.track(self._blocks(), what, self.num_rows):
             block = block.float()
             rows += len(block)
-            yield unit_rows(block) if self._unit else block
+            held.append(unit_rows(block) if self._unit else block)
+            if sum(map(len, held)) >= min(_BLOCK_ROWS, _BLOCK_NUMBERS // block.shape[1]):
+                yield torch.cat(held)
+                held = []
+        if held:
+            yield torch.cat(held)
         if rows != self.num_rows:
             raise InputError(f"The patches changed between two passes: {self.num_rows} at first, {rows} now.")
 

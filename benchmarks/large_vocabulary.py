@@ -1,0 +1,214 @@
+"""A vocabulary of 65,536 on CIFAR-10's 3.2 M patches: K-means on two levels beside brute force.
+
+    python benchmarks/large_vocabulary.py --data /path/to/cifar10 [--k 65536] [--quick]
+
+Two levels, in a process of its own that streams the patches (4x4x3 normalised pixels) from a file: seconds and peak
+memory of the fit, seconds to assign all patches, and for 1, 2, 4, ... probes the error and the speed on a random part
+of the patches, beside an exhaustive search of the same centroids there.
+
+Brute force at this size takes hours, so its times are scaled up, and marked so: the exhaustive assignment is timed on
+a few thousand patches, and the fit is Lloyd's algorithm from random patches, on a random sample of
+`--flat-rows-per-token` patches a token for `--flat-steps` steps; a step's time is scaled to all patches, and a fit is
+taken to need ten of them. Its error is that of those centroids, searched exhaustively. Times of assignment are medians
+of three.
+"""
+
+import argparse
+import json
+import os
+import resource
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from kmeans_speed import write_patches
+from recording import record
+
+DIM, BLOCK, REPEATS, FULL_STEPS = 48, 16_384, 3, 10
+SPEED_BAR, ERROR_BAR = 10.0, 1.05
+
+
+def stream(path: Path) -> Iterator[torch.Tensor]:
+    """The patches in blocks, read anew each time, so that the file is no part of the memory that is measured."""
+    with path.open("rb") as file:
+        np.lib.format.read_magic(file)
+        np.lib.format.read_array_header_1_0(file)
+        while len(part := np.fromfile(file, dtype=np.float32, count=BLOCK * DIM)):
+            yield torch.from_numpy(part.reshape(-1, DIM))
+
+
+def peak_mib() -> float:
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+
+
+def median_seconds(run: Callable[[], object]) -> float:
+    taken = []
+    for _ in range(REPEATS):
+        began = time.perf_counter()
+        run()
+        taken.append(time.perf_counter() - began)
+    return statistics.median(taken)
+
+
+def random_part(path: Path, rows: int, seed: int) -> torch.Tensor:
+    """So many of all patches, without replacement."""
+    x = np.load(path, mmap_mode="r")
+    chosen = np.sort(np.random.default_rng(seed).choice(len(x), min(rows, len(x)), replace=False))
+    return torch.from_numpy(x[chosen])
+
+
+def error(x: torch.Tensor, centroids: torch.Tensor, ids: torch.Tensor) -> float:
+    """Mean squared distance to the assigned centroid, in float64."""
+    parts = zip(torch.split(x, BLOCK), torch.split(ids, BLOCK), strict=True)
+    return sum(float((part.double() - centroids[i].double()).square().sum()) for part, i in parts) / len(x)
+
+
+def two_levels(path: Path, k: int, judged: int, timed: int) -> dict[str, Any]:
+    """Fit, assign, and the curve of error against speed."""
+    from clustermim.tokenizers.assigning import Assigner
+    from clustermim.tokenizers.twolevelfit import fit_two_levels
+
+    before = peak_mib()
+    began = time.perf_counter()
+    fitted = fit_two_levels(lambda: stream(path), k)
+    seconds = time.perf_counter() - began
+    book, n = fitted.codebook, fitted.num_rows
+    found: dict[str, Any] = {
+        "patches": n,
+        "cells": book.num_cells,
+        "probes": book.probes,
+        "fit_seconds": seconds,
+        "fit_peak_mib": peak_mib() - before,
+        "inertia_per_patch": fitted.inertia / n,
+        "used": int((fitted.counts > 0).sum()),
+    }
+    book.assign(next(stream(path)))
+    blocks = list(stream(path))
+    found["assign_seconds"] = median_seconds(lambda: [book.assign(block) for block in _joined(blocks)])
+    del blocks
+    x = random_part(path, judged, 1)
+    exhaustive = Assigner(book.centroids, "l2")
+    part = x[:timed]
+    exhaustive(part)
+    found["brute_assign_seconds_scaled"] = median_seconds(lambda: exhaustive(part)) * n / len(part)
+    least = error(x, book.centroids, exhaustive(x))
+    found["exhaustive_error"] = least
+    found["curve"] = []
+    probes = 1
+    while probes <= book.num_cells:
+        taken = median_seconds(lambda p=probes: book.assign(x, p))
+        reached = error(x, book.centroids, book.assign(x, probes))
+        found["curve"].append({"probes": probes, "patches_per_second": len(x) / taken, "error": reached})
+        probes *= 2
+        if taken * REPEATS > 60.0:
+            break
+    found["error"] = error(x, book.centroids, book.assign(x))
+    return found
+
+
+def _joined(blocks: list[torch.Tensor]) -> Iterator[torch.Tensor]:
+    for start in range(0, len(blocks), 16):
+        yield torch.cat(blocks[start : start + 16])
+
+
+def flat(path: Path, k: int, judged: int, rows: int, steps: int) -> dict[str, Any]:
+    """Lloyd's algorithm with exhaustive search, on a sample."""
+    from clustermim.tokenizers.assigning import Assigner
+
+    x = random_part(path, rows, 0)
+    x = x[torch.randperm(len(x), generator=torch.Generator().manual_seed(0))]
+    distinct = torch.unique(x[: 2 * k], dim=0)
+    c = distinct[torch.randperm(len(distinct), generator=torch.Generator().manual_seed(1))[:k]].clone()
+    if len(c) < k:
+        raise SystemExit(f"Only {len(c)} different patches among {2 * k}; choose a smaller --k.")
+    taken = []
+    for _ in range(steps):
+        began = time.perf_counter()
+        ids = Assigner(c, "l2")(x)
+        count = torch.bincount(ids, minlength=k)[:, None]
+        mean = torch.zeros(k, DIM, dtype=torch.float64).index_add_(0, ids, x.double()) / count.clamp_min(1)
+        c = torch.where(count > 0, mean.float(), c)
+        taken.append(time.perf_counter() - began)
+    n = len(np.load(path, mmap_mode="r"))
+    step = statistics.median(taken)
+    judge = random_part(path, judged, 1)
+    return {
+        "sample": len(x),
+        "steps": steps,
+        "seconds": sum(taken),
+        "fit_seconds_scaled": step * n / len(x) * FULL_STEPS,
+        "error": error(judge, c, Assigner(c, "l2")(judge)),
+    }
+
+
+def in_process(options: argparse.Namespace, what: str, path: Path) -> dict[str, Any]:
+    """Run one part by itself, so that its peak memory is its own."""
+    plain = {key: value for key, value in os.environ.items() if key not in ("OPENBLAS_CORETYPE", "OPENBLAS_L2_SIZE")}
+    plain |= {"OMP_NUM_THREADS": str(options.threads), "OMP_WAIT_POLICY": "PASSIVE"}
+    command = [sys.executable, *sys.argv, "--worker", what, "--patches", str(path)]
+    done = subprocess.run(command, env=plain, stdout=subprocess.PIPE, text=True, check=True)
+    found: dict[str, Any] = json.loads(done.stdout.strip().splitlines()[-1])
+    return found
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", required=True)
+    parser.add_argument("--k", type=int, help="default: 65,536, or 2,048 with --quick")
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--flat-rows-per-token", type=int, default=16)
+    parser.add_argument("--flat-steps", type=int, default=4)
+    parser.add_argument("--quick", action="store_true", help="2,000 images and a small K; printed and not recorded")
+    parser.add_argument("--worker", choices=("two-levels", "flat"), help=argparse.SUPPRESS)
+    parser.add_argument("--patches", type=Path, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    k = options.k or (2048 if options.quick else 65_536)
+    judged, timed = (16_384, 4096) if options.quick else (1 << 18, 1 << 14)
+    if options.worker:
+        torch.set_num_threads(options.threads)
+        if options.worker == "two-levels":
+            print(json.dumps(two_levels(options.patches, k, judged, timed)))
+        else:
+            print(json.dumps(flat(options.patches, k, judged, options.flat_rows_per_token * k, options.flat_steps)))
+        sys.exit()
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "patches.npy"
+        write_patches(options.data, 2000 if options.quick else None, path)
+        ours = in_process(options, "two-levels", path)
+        brute = in_process(options, "flat", path)
+    fit_ratio = brute["fit_seconds_scaled"] / ours["fit_seconds"]
+    assign_ratio = ours["brute_assign_seconds_scaled"] / ours["assign_seconds"]
+    error_ratio = ours["error"] / brute["error"]
+    met = fit_ratio >= SPEED_BAR and assign_ratio >= SPEED_BAR and error_ratio <= ERROR_BAR
+    print(f"K = {k:,}, {ours['patches']:,} patches, {ours['cells']} cells, {ours['probes']} probes")
+    print(
+        f"{fit_ratio:.1f}x faster to fit: {ours['fit_seconds']:.0f} s, "
+        f"against {brute['fit_seconds_scaled']:.0f} s scaled"
+    )
+    print(
+        f"{assign_ratio:.1f}x faster to assign: {ours['assign_seconds']:.1f} s, against "
+        f"{ours['brute_assign_seconds_scaled']:.0f} s scaled"
+    )
+    print(
+        f"{error_ratio:.3f}x the error of brute force ({ours['error']:.4f} against {brute['error']:.4f}: flat, "
+        f"{brute['steps']} steps on {brute['sample']:,} patches), "
+        f"{ours['error'] / ours['exhaustive_error']:.4f}x that of an exhaustive search of its own centroids"
+    )
+    print(f"peak memory of the fit above the start: {ours['fit_peak_mib']:.0f} MiB; used tokens: {ours['used']:,}")
+    for point in ours["curve"]:
+        print(
+            f"  {point['probes']:>4} probes: {point['error'] / ours['exhaustive_error']:.4f}x the exhaustive error, "
+            f"{point['patches_per_second']:,.0f} patches/s"
+        )
+    print(f"aim (10x faster to fit and to assign at 1.05x the error): {'met' if met else 'NOT met'}")
+    if not options.quick:
+        ratios = {"fit_ratio": fit_ratio, "assign_ratio": assign_ratio, "error_ratio": error_ratio, "met": met}
+        row = {"k": k, **ratios, "two_levels": ours, "brute_force": brute}
+        print(record("large_vocabulary", [row], threads=options.threads, full_steps_assumed=FULL_STEPS))
