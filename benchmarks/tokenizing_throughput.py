@@ -135,7 +135,7 @@ if __name__ == "__main__":
         print(json.dumps(worker(options.quick, options.repeats, options.threads)))
         sys.exit()
     plain = {key: value for key, value in os.environ.items() if key not in ("OPENBLAS_CORETYPE", "OPENBLAS_L2_SIZE")}
-    plain |= {"OMP_NUM_THREADS": str(options.threads)}
+    plain |= {"OMP_NUM_THREADS": str(options.threads), "OMP_WAIT_POLICY": "PASSIVE"}  # as on the command line
     done = subprocess.run(
         [sys.executable, *sys.argv, "--worker"], env=plain, capture_output=True, text=True, check=False
     )
