@@ -66,6 +66,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--samples", type=int, default=400)
     parser.add_argument("--bootstrap", type=int, default=200)
+    parser.add_argument(
+        "--first-seed", type=int, default=0, help="of the samples; the intervals were made while looking at 0 to 149"
+    )
     parser.add_argument("--jobs", type=int, default=2)
     parser.add_argument("--quick", action="store_true", help="20 samples a case, nothing recorded")
     options = parser.parse_args()
@@ -75,7 +78,8 @@ def main() -> None:
         for unequal in (False, True):
             for case in CASES:
                 start = time.perf_counter()
-                jobs = [(case, unequal, seed, options.bootstrap) for seed in range(samples)]
+                seeds = range(options.first_seed, options.first_seed + samples)
+                jobs = [(case, unequal, seed, options.bootstrap) for seed in seeds]
                 row = summary(case, unequal, np.array(list(pool.map(scored, jobs, chunksize=5))))
                 rows.append(row | {"seconds": round(time.perf_counter() - start, 1)})
                 print(
