@@ -131,3 +131,28 @@ def _channels(number):
     from clustermim.data.options import DataOptions
 
     return DataOptions(channels=number)
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        ({"ids": np.full((6, 4), 5)}, "token 5, outside [0, 5)"),
+        ({"ids": np.full((6, 4), -1)}, "token -1, outside [0, 5)"),
+        ({"labels": np.array([0, 0, 1, 1, -1, 0])}, "negative values"),
+        ({"labels": np.array([0, 1, 0])}, "6 images have ids but `labels` has 3"),
+        ({"labels": np.array([0, 1, 0, 1, np.nan, 0])}, "NaN"),
+        ({"labels": np.zeros(6, dtype=int)}, "All 6 images have class 0"),
+    ],
+)
+def test_stored_ids_that_cannot_be_scored_are_told_on_the_command_line(tmp_path, capsys, change, told):
+    good = {"ids": np.arange(24).reshape(6, 4) % 5, "labels": np.array([0, 1, 0, 1, 1, 0]), "vocab_size": 5}
+    np.savez(tmp_path / "ids.npz", **(good | change))
+    assert run(["tcas", "--ids", str(tmp_path / "ids.npz")]) == 2
+    assert told in " ".join(capsys.readouterr().err.split())
+
+
+def test_a_class_with_a_single_image_is_plug_in_only_and_told_on_the_command_line(tmp_path, capsys):
+    np.savez(tmp_path / "ids.npz", ids=np.arange(24).reshape(6, 4) % 5, labels=np.array([0, 0, 1, 1, 2, 0]))
+    assert run(["tcas", "--ids", str(tmp_path / "ids.npz")]) == 0
+    printed = " ".join(capsys.readouterr().out.split())
+    assert "single image" in printed and "plug-in" in printed
