@@ -4,6 +4,8 @@ Without a bootstrap only the table R[fold, class, token] is kept: dense on the d
 else as sparse sorted keys, so that a vocabulary of millions (one token per patch) costs no more than the tokens in
 use. With a bootstrap the sparse counts of each image are kept instead, since images will be re-weighted.
 Both become the same thing in the end, a `RowCounts`: rows of token counts, each row of one fold and one class.
+
+A batch is only checked and put aside; counting is done a large block at a time, which costs a fraction of it.
 """
 
 from dataclasses import dataclass
@@ -20,6 +22,8 @@ from clustermim.scoring.folds import ImagePlan
 
 # 2^24 int64 cells are 128 MiB; above it the table is kept sparse.
 DENSE_CELLS = 1 << 24
+# Ids wait, in as few bytes as K allows, until so many are there; they are then counted together.
+BLOCK_IDS = 1 << 20
 # Pending sparse keys are merged into the table when they outnumber it, and at least this many.
 MERGE_AT = 1 << 22
 
@@ -80,8 +84,11 @@ class TokenCounts:
         self.vocab_size = vocab_size
         self.per_image = per_image
         self._rows = max(1, plan.num_folds) * plan.num_classes
+        self._narrow = narrowest(vocab_size)
         self._folds = torch.from_numpy(plan.folds)
         self._seen = torch.zeros(plan.num_images, dtype=torch.bool)
+        self._waiting: list[tuple[Tensor, Tensor]] = []
+        self._waiting_ids = 0
         self._dense: Tensor | None = None
         self._keys = np.empty(0, dtype=np.int64)
         self._values = np.empty(0, dtype=np.int64)
@@ -113,13 +120,19 @@ class TokenCounts:
         Raises
         ------
         InputError
-            Ids outside [0, K), an image counted twice or unknown to the plan, labels that differ from the plan's.
+            Ids outside [0, K), an image counted twice or unknown to the plan, labels that differ from the plan's,
+            another number of patches than patch labels.
         """
         where = index.detach().cpu().to(torch.int64)
         if ids.shape[0] != where.shape[0]:
             raise InputError(f"ids has {ids.shape[0]} rows but index has {where.shape[0]}: one row of ids per image.")
         if ids.numel() == 0:
             return
+        if self.plan.kind == "patches" and ids.shape[1] != self.plan.labels.shape[1]:
+            raise InputError(
+                f"There are labels for {self.plan.labels.shape[1]} patches of each image, but {ids.shape[1]} tokens: "
+                "cut masks and images into the same patches."
+            )
         lowest, highest = (int(v) for v in torch.aminmax(ids))
         if lowest < 0 or highest >= self.vocab_size:
             raise InputError(
@@ -136,41 +149,65 @@ class TokenCounts:
         if labels is not None and not np.array_equal(labels.detach().cpu().numpy(), self._known_labels(where)):
             raise InputError("The labels of a batch differ from the labels that the folds were made from.")
         self._seen[where] = True
-        if self.per_image:
-            self._add_images(ids, where)
-        else:
-            self._add_cells(ids, where)
+        if self._waiting and self._waiting[-1][0].shape[1] != ids.shape[1]:
+            self.settle()
+        self._waiting.append((ids.detach().to(self._narrow), where))
+        self._waiting_ids += ids.numel()
+        if self._waiting_ids >= BLOCK_IDS:
+            self.settle()
 
     def _known_labels(self, where: Tensor) -> np.ndarray:
         known = self.plan.labels[where.numpy()]
         return np.asarray(self.plan.classes[known] if self.plan.kind == "images" else known)
 
-    def _add_cells(self, ids: Tensor, where: Tensor) -> None:
-        row, member, token = self.plan.spread(ids, where)
-        cells = self._folds[where].to(ids.device)[row] * self.plan.num_classes + member
-        keys = cells * self.vocab_size + token
-        if self._rows * self.vocab_size <= DENSE_CELLS:
-            if self._dense is None:
-                self._dense = torch.zeros(self._rows * self.vocab_size, dtype=torch.int64, device=ids.device)
-            self._dense.scatter_add_(0, keys, torch.ones_like(keys))
+    def settle(self) -> None:
+        """Count the ids that wait for their block to fill; `rows` and `merge` do it too."""
+        if not self._waiting:
+            return
+        ids, where = (torch.cat(parts) for parts in zip(*self._waiting, strict=True))
+        self._waiting, self._waiting_ids = [], 0
+        if not self.per_image:
+            self._add_cells(ids, where)
+        elif self.plan.kind == "images":
+            self._add_images(ids.cpu().numpy(), where.numpy())
         else:
-            self._push(*np.unique(keys.cpu().numpy(), return_counts=True))
+            self._add_memberships(ids, where)
 
-    def _add_images(self, ids: Tensor, where: Tensor) -> None:
+    def _add_cells(self, ids: Tensor, where: Tensor) -> None:
         if self.plan.kind == "images":
-            # Sorting inside each image is cheaper than sorting the batch, and as good: an image has one class.
-            ids = torch.sort(ids, dim=1).values
-        row, member, token = self.plan.spread(ids, where)
-        keys = (row * self.plan.num_classes + member) * self.vocab_size + token
-        if self.plan.kind != "images":
-            keys = torch.sort(keys).values
-        keys, counts = torch.unique_consecutive(keys, return_counts=True)
-        pair = torch.div(keys, self.vocab_size, rounding_mode="floor")
-        local = torch.div(pair, self.plan.num_classes, rounding_mode="floor").cpu()
-        images, classes = where[local].numpy(), (pair % self.plan.num_classes).cpu().numpy()
+            cells = self._folds[where] * self.plan.num_classes + torch.from_numpy(self.plan.labels[where.numpy()])
+            keys = ((cells * self.vocab_size).to(ids.device)[:, None] + ids).flatten()
+        else:
+            row, member, token = self.plan.spread(ids, where)
+            cells = self._folds[where].to(ids.device)[row] * self.plan.num_classes + member
+            keys = cells * self.vocab_size + token
+        size = self._rows * self.vocab_size
+        if size > DENSE_CELLS:
+            self._push(*np.unique(keys.cpu().numpy(), return_counts=True))
+            return
+        if self._dense is None:
+            self._dense = torch.zeros(size, dtype=torch.int64, device=ids.device)
+        if size <= 4 * len(keys):
+            self._dense += torch.bincount(keys, minlength=size)
+        else:
+            self._dense.scatter_add_(0, keys, torch.ones_like(keys))
+
+    def _add_images(self, ids: np.ndarray, images: np.ndarray) -> None:
+        """An image has one class, so sorting inside each image brings equal keys together."""
+        # Integers of 32 and 64 bits are sorted by vector instructions, those of 8 bits are not.
+        ids = np.sort(ids.astype(np.result_type(ids, np.int32)), axis=1)
+        fresh = np.ones(ids.shape, dtype=bool)
+        np.not_equal(ids[:, 1:], ids[:, :-1], out=fresh[:, 1:])
+        first = np.flatnonzero(fresh)
+        pairs = images * self.plan.num_classes + self.plan.labels[images]
         # Keys of whole data sets fit int64 as long as images × L × K < 9·10^18.
-        pairs = images * self.plan.num_classes + classes
-        self._push(pairs * self.vocab_size + (keys % self.vocab_size).cpu().numpy(), counts.cpu().numpy())
+        keys = (pairs * self.vocab_size)[first // ids.shape[1]] + ids.ravel()[first]
+        self._push(keys, np.diff(first, append=ids.size))
+
+    def _add_memberships(self, ids: Tensor, where: Tensor) -> None:
+        row, member, token = (part.cpu().numpy() for part in self.plan.spread(ids, where))
+        pairs = where.numpy()[row] * self.plan.num_classes + member
+        self._push(*np.unique(pairs * self.vocab_size + token, return_counts=True))
 
     def _push(self, keys: np.ndarray, counts: np.ndarray) -> None:
         self._pending.append((keys, counts.astype(np.int32 if self.per_image else np.int64)))
@@ -208,6 +245,8 @@ class TokenCounts:
             raise InputError("Only counts of one tokenizer under one plan can be merged.")
         if bool((self._seen & other._seen).any()):
             raise InputError("An image was counted twice: each image may appear in the stream once.")
+        self.settle()
+        other.settle()
         self._seen |= other._seen
         if other._dense is not None:
             self._dense = other._dense.clone() if self._dense is None else self._dense + other._dense.to(self._dense)
@@ -229,6 +268,7 @@ class TokenCounts:
             raise InputError(
                 f"{missing} of {self.plan.num_images} labelled images have no tokens: ids and labels differ in length."
             )
+        self.settle()
         if self._dense is not None:
             flat = self._dense.cpu().numpy()
             keys = np.flatnonzero(flat)
@@ -248,6 +288,13 @@ class TokenCounts:
             known["row_fold"], known["row_class"] = np.divmod(pairs, self.plan.num_classes)
         matrix = sparse.csr_matrix((values.astype(np.float64), (row, column)), shape=(len(pairs), len(tokens)))
         return RowCounts(matrix=matrix, tokens=tokens.astype(np.int64), **known)
+
+
+def narrowest(vocab_size: int) -> torch.dtype:
+    """The smallest integers that hold every id below K."""
+    if vocab_size <= 1 << 8:
+        return torch.uint8
+    return torch.int16 if vocab_size <= 1 << 15 else torch.int32 if vocab_size <= 1 << 31 else torch.int64
 
 
 def _compact(values: np.ndarray, size: int) -> tuple[np.ndarray, np.ndarray]:

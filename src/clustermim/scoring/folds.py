@@ -64,11 +64,6 @@ class ImagePlan:
         """What is to be counted of a batch: row in the batch, class and token of each labelled patch.
 
         A patch without label is left out; a patch of an image of several classes is counted in each of them.
-
-        Raises
-        ------
-        InputError
-            Another number of patches than patch labels.
         """
         if self.kind == "many":
             row, member = torch.from_numpy(self.labels[where.numpy()]).to(ids.device).nonzero(as_tuple=True)
@@ -78,11 +73,6 @@ class ImagePlan:
         row = torch.arange(len(where), device=ids.device)[:, None].expand(ids.shape)
         if self.kind == "images":
             return row.flatten(), member[:, None].expand(ids.shape).flatten(), ids.flatten()
-        if member.shape != ids.shape:
-            raise InputError(
-                f"There are labels for {member.shape[1]} patches of each image, but {ids.shape[1]} tokens: cut masks "
-                "and images into the same patches."
-            )
         kept = member >= 0
         return row[kept], member[kept], ids[kept]
 

@@ -40,7 +40,10 @@ class CountedStream:
     """What one pass over the images gave for each tokenizer."""
 
     counts: Mapping[str, TokenCounts]
+    seconds_reading: float
+    """Waiting for images, decoded and cut: once for all tokenizers."""
     seconds_tokenizing: Mapping[str, float]
+    """Features and nearest centroids."""
     seconds_counting: Mapping[str, float]
 
     def scores(self, *, bootstrap: int = 0, seed: int = 0) -> dict[str, TokenScore]:
@@ -92,7 +95,9 @@ def count_stream(
         name: TokenCounts(plan, tokenizer.vocab_size, per_image=per_image) for name, tokenizer in tokenizers.items()
     }
     tokenizing, counting = dict.fromkeys(tokenizers, 0.0), dict.fromkeys(tokenizers, 0.0)
+    reading, since = 0.0, time.perf_counter()
     for batch in batches:
+        reading += _clock(batch.images) - since
         for name, tokenizer in tokenizers.items():
             start = _clock(batch.index)
             with torch.no_grad():
@@ -103,8 +108,15 @@ def count_stream(
             counting[name] += _clock(ids) - middle
         if on_batch is not None:
             on_batch(len(batch.index))
+        since = time.perf_counter()
+    for name, one in counts.items():
+        start = time.perf_counter()
+        one.settle()
+        counting[name] += time.perf_counter() - start
     gather(counts)
-    return CountedStream(counts=counts, seconds_tokenizing=tokenizing, seconds_counting=counting)
+    return CountedStream(
+        counts=counts, seconds_reading=reading, seconds_tokenizing=tokenizing, seconds_counting=counting
+    )
 
 
 def score_stream(
