@@ -38,7 +38,7 @@ class MaskImages:
     """
 
     def __init__(self, masks: str | Path | np.ndarray, source: ImageSource) -> None:
-        self.name, self._rows = source.name, source.rows
+        self.name, self._rows, self._source = source.name, source.rows, source
         self._array: np.ndarray | None = None
         if not isinstance(masks, np.ndarray) and Path(masks).suffix == ".npz" and Path(masks).is_file():
             with np.load(masks, allow_pickle=False) as held:
@@ -97,14 +97,31 @@ class MaskImages:
         return torch.from_numpy(pixels.astype(np.int64))
 
     def view(self, index: int, config: ViewConfig) -> Int64[Tensor, "h w"]:
-        """The mask as the eval view of its image is cut; the nearest pixel counts, so that no class is invented."""
+        """The mask as the eval view of its image is cut; the nearest pixel counts, so that no class is invented.
+
+        Raises
+        ------
+        InputError
+            An unreadable mask, or one that has not the shape of its image (smaller or larger in proportion will do).
+        """
         mask = self.raw(index)
+        self._check_shape(index, mask)
         box = centre_draw(torch.tensor([list(mask.shape)]), config)
         top, left, height, width = (int(side) for side in (box.top, box.left, box.height, box.width))
         cut = mask[top : top + height, left : left + width]
         if tuple(cut.shape) == config.image_size:
             return cut
         return functional.interpolate(cut[None, None].double(), config.image_size, mode="nearest-exact")[0, 0].long()
+
+    def _check_shape(self, index: int, mask: Int64[Tensor, "H W"]) -> None:
+        height, width = self._source.size_of(index)
+        if abs(mask.shape[0] * width - mask.shape[1] * height) >= max(height, width):  # a pixel may be rounded away
+            which = f"mask {index}" if self._array is not None else f"mask {self._files[index]}"
+            raise InputError(
+                f"The {which} has {mask.shape[0]} × {mask.shape[1]} pixels, but its image "
+                f"{self._source.collection.store.label_of(int(self._rows[index]))} has {height} × {width}: a mask must "
+                "cover the image, pixel by pixel or in proportion."
+            )
 
 
 def _decode_mask(file: Path) -> np.ndarray:

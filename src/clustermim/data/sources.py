@@ -103,6 +103,13 @@ class ImageSource(Dataset[tuple[Tensor, int | None]]):
             ) from None
         return adapt_channels(image, self.channels), None if self.labels is None else int(self.labels[index])
 
+    def size_of(self, index: int) -> tuple[int, int]:
+        """(height, width) of one image as stored; it is decoded only where it was not looked at when opening."""
+        height, width = self._findings.shapes[int(self._rows[index]), 1:]
+        if height == 0:
+            height, width = self[index][0].shape[-2:]
+        return int(height), int(width)
+
     def subset(self, places: np.ndarray) -> "ImageSource":
         """Some of the images, by their places in this source and in that order; viewed as these are."""
         part = ImageSource(

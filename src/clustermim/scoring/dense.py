@@ -1,13 +1,17 @@
 """Dense labels: from a mask image to one class per patch."""
 
+import numpy as np
 import torch
 from jaxtyping import Int, Int64
 from torch import Tensor
 
+from clustermim.data.checking import in_threads
+from clustermim.data.mask_images import IGNORED, MaskImages
+from clustermim.data.views import ViewConfig
 from clustermim.errors import InputError
 
 
-def patch_classes(masks: Int[Tensor, "b h w"], patch_size: int, ignore_index: int = 255) -> Int64[Tensor, "b n"]:
+def patch_classes(masks: Int[Tensor, "b h w"], patch_size: int, ignore_index: int = IGNORED) -> Int64[Tensor, "b n"]:
     """The commonest class of each patch.
 
     Parameters
@@ -38,3 +42,29 @@ def patch_classes(masks: Int[Tensor, "b h w"], patch_size: int, ignore_index: in
     counts = torch.stack([(place == one).sum(dim=2) for one in order.tolist()], dim=2)
     names = torch.where(values == ignore_index, -1, values)[order]
     return names[counts.argmax(dim=2)]
+
+
+def mask_labels(
+    masks: MaskImages, view: ViewConfig, patch_size: int, ignore_index: int = IGNORED
+) -> Int64[np.ndarray, "images n"]:
+    """The class of every patch of every image of a source: labels as `score_tokens` takes them.
+
+    Parameters
+    ----------
+    masks
+        Masks of the source.
+    view
+        How its images are cut, and so their masks.
+    patch_size, ignore_index
+        As for `patch_classes`.
+
+    Raises
+    ------
+    InputError
+        As `MaskImages.view` and `patch_classes`.
+    """
+
+    def of(index: int) -> np.ndarray:
+        return np.asarray(patch_classes(masks.view(index, view)[None], patch_size, ignore_index)[0])
+
+    return np.stack(list(in_threads(of, range(len(masks)))))

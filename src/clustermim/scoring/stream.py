@@ -103,7 +103,7 @@ def count_stream(
             with torch.no_grad():
                 ids = tokenizer.encode(batch.images, index=batch.index, labels=batch.labels)
             middle = _clock(ids)
-            counts[name].update(ids, batch.labels, batch.index)
+            counts[name].update(ids, batch.labels if plan.kind == "images" else None, batch.index)
             tokenizing[name] += middle - start
             counting[name] += _clock(ids) - middle
         if on_batch is not None:

@@ -2,7 +2,7 @@
 
 import json as json_text
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -13,8 +13,9 @@ from rich.table import Table
 from rich.text import Text
 
 from clustermim.data.loaders import make_loader
+from clustermim.data.mask_images import IGNORED
 from clustermim.data.options import DEFAULTS, DataOptions
-from clustermim.data.sources import ImageSource, open_source, require_labels
+from clustermim.data.sources import open_source
 from clustermim.errors import InputError
 from clustermim.runs import atomic_write
 from clustermim.scoring.advice import advise, with_interval
@@ -28,6 +29,7 @@ from clustermim.scoring.tcas import TokenScore, check_options, score_counts
 from clustermim.tokenizers.tokenizer import Tokenizer, load_tokenizer
 from clustermim.training.launch import Device, resolve_device
 from clustermim.verbs.score_label_free import agreement_table, agreement_without_labels
+from clustermim.verbs.score_labels import Labelled, check_labels, label_images
 from clustermim.verbs.score_page import score_page
 
 CONTROLS = frozenset({"identity", "random", "random-centroids", "position", "oracle"})
@@ -159,6 +161,9 @@ def tcas(
     data: Annotated[Any, Parameter()] = None,
     *,
     ids: Path | None = None,
+    masks: Annotated[Any, Parameter()] = None,
+    ignore_index: int = IGNORED,
+    multi_label: Annotated[Any, Parameter()] = None,
     bootstrap: int = 200,
     curve: bool = False,
     label_free: bool = False,
@@ -185,6 +190,14 @@ def tcas(
         or a Dataset. The train split, unless #test or #all says otherwise. Image size and channels are the tokenizers'.
     ids
         Stored token ids (a file or folder of `clustermim tokenize`) instead of tokenizers and images.
+    masks
+        A class for each patch instead of one for the image, the commonest of its pixels: folder of mask images called
+        as the images are, or .npz with `masks` (n, H, W).
+    ignore_index
+        Value of mask pixels without a class; a patch is left out where they are the commonest.
+    multi_label
+        Several classes an image: .json (image -> list of classes, or COCO's), .csv (columns image and class, or
+        OpenImages') or .parquet; each patch then counts in each class of its image.
     bootstrap
         Resamples of the images for 95 % intervals; 0 for none.
     curve
@@ -218,7 +231,8 @@ def tcas(
     Raises
     ------
     InputError
-        No labels, a single class, a tokenizer that does not fit the images, unreadable ids.
+        No labels, a single class, a tokenizer that does not fit the images, unreadable ids, an image without a mask or
+        that the class lists do not name.
     """
     check_options(bootstrap, seed)
     if isinstance(tokenizer, str | Path | Tokenizer):
@@ -228,6 +242,7 @@ def tcas(
             raise InputError(f"{target} is a folder; name a file to write to.")
     if label_free and ids is not None:
         raise InputError("--label-free looks at two views of each image: give --tokenizer and --data, not --ids.")
+    check_labels(masks, ignore_index, multi_label, ids)
     plan_options: dict[str, Any] = {"crossfit": crossfit, "seed": seed}
     per_image = bootstrap > 0 or curve
     agreements: dict[str, Agreement] = {}
@@ -252,12 +267,15 @@ def tcas(
             agreements = agreement_without_labels(
                 tokenizers, source, seed=seed, batch_size=batch_size, device=device, workers=workers
             )
-            if source.labels is None and html is None:
+            if source.labels is None and masks is None and multi_label is None and html is None:
                 alone = TcasResult(scores={}, kinds=kinds, data=source.name, class_names=None, agreements=agreements)
                 _write_rows(json, alone)
                 return alone
-        stream = _count(tokenizers, source, batch_size, device, workers, per_image, plan_options)
-        origin, class_names, counted = source.name, source.classes, stream.counts
+        for one in tokenizers.values():
+            one.check_matches(source.view)
+        labelled = label_images(source, tokenizers, masks, ignore_index, multi_label)
+        stream = _count(tokenizers, labelled, batch_size, device, workers, per_image, plan_options)
+        origin, class_names, counted = source.name, labelled.names, stream.counts
         scores = stream.scores(bootstrap=bootstrap, seed=seed)
     curves = {}
     if curve:
@@ -279,21 +297,22 @@ def _write_rows(file: Path | None, result: TcasResult) -> None:
 
 def _count(
     tokenizers: Mapping[str, Tokenizer],
-    source: ImageSource,
+    labelled: Labelled,
     batch_size: int,
     device: Device,
     workers: int | None,
     per_image: bool,
     plan_options: Mapping[str, Any],
 ) -> CountedStream:
-    """Check everything against each other, then pass over the images once."""
+    """Pass over the images once."""
+    source = labelled.source
     where = resolve_device(device)
     console = Console(stderr=True)
     if message := source.skipped_message():
         console.print(message, markup=False, highlight=False)
-    plan = plan_images(require_labels(source, "TCAS"), groups=source.groups, **plan_options)
-    for one in tokenizers.values():
-        one.check_matches(source.view)
+    plan = plan_images(labelled.labels, groups=source.groups, **plan_options)
+    if labelled.note is not None:
+        plan = replace(plan, notes=(*plan.notes, labelled.note))
     loader = make_loader(source, batch_size=batch_size, train=False, device=where, workers=workers)
     for one in tokenizers.values():
         one.to(where)
