@@ -135,8 +135,10 @@ def run(arguments: Sequence[str]) -> int:
     except MemoryError:
         errors.print("Error: out of memory. Use a smaller --batch-size or --image-size.", style="bold red")
         return 4
-    # Of several processes under torchrun or SLURM the first speaks for all.
-    if result is not None and hasattr(result, "__rich__") and os.environ.get("RANK", "0") == "0":
+    # The first of several processes speaks for all: torchrun counts them by RANK, and --devices, which starts them on
+    # one machine, by LOCAL_RANK.
+    rank = os.environ.get("RANK", os.environ.get("LOCAL_RANK", "0"))
+    if result is not None and hasattr(result, "__rich__") and rank == "0":
         # Piped output is for programs and files: no line of a table may be folded there.
         width = None if sys.stdout.isatty() else max(160, int(os.environ.get("COLUMNS", "0")))
         Console(width=width).print(result)

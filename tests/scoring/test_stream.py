@@ -8,13 +8,15 @@ import torch
 
 from clustermim.data.loaders import Batch
 from clustermim.errors import InputError
+from clustermim.scoring import counts
 from clustermim.scoring.advice import advise, with_interval
 from clustermim.scoring.comparing import compare
 from clustermim.scoring.counts import TokenCounts
 from clustermim.scoring.folds import plan_images
 from clustermim.scoring.stored import open_ids
-from clustermim.scoring.stream import count_ids, gather, score_stream
+from clustermim.scoring.stream import count_ids, count_stream, score_stream
 from clustermim.scoring.tcas import score_counts, score_tokens
+from forking import in_group
 
 
 class Lookup:
@@ -87,42 +89,56 @@ def test_counts_of_parts_merge_into_those_of_the_whole(sample, per_image, vocab)
         parts[0].merge(TokenCounts(plan, vocab + 1, per_image=per_image))
 
 
-def test_gathering_adds_what_the_other_processes_counted(sample, monkeypatch):
+def counted_together(rank, labels, ids, vocab, per_image):
+    """One of three processes; the third is given no image."""
+    plan = plan_images(labels)
+    mine = list(batches(labels))[rank::2] if rank < 2 else []
+    stream = count_stream({"weak": Lookup(ids, vocab)}, mine, plan, per_image=per_image)
+    score = stream.scores(bootstrap=10 if per_image else 0)["weak"]
+    return figures_of(score), score.intervals
+
+
+@pytest.mark.parametrize(("vocab", "per_image"), [(50, False), (10**7, False), (50, True)])
+def test_processes_that_share_the_images_get_the_score_of_all(sample, tmp_path, vocab, per_image):
+    labels, ids = sample
+    found = in_group(lambda rank: counted_together(rank, labels, ids["weak"], vocab, per_image), 3, tmp_path)
+    alone = score_tokens(ids["weak"], labels, vocab_size=vocab, bootstrap=10 if per_image else 0)
+    for figures, intervals in found:
+        assert figures == pytest.approx(figures_of(alone), abs=1e-12)
+        assert intervals == {name: pytest.approx(pair, abs=1e-12) for name, pair in alone.intervals.items()}
+
+
+def twice(labels, ids):
+    with pytest.raises(InputError, match="its own part"):
+        count_stream({"weak": Lookup(ids, 50)}, batches(labels), plan_images(labels))
+
+
+def test_processes_that_count_the_same_images_are_told(sample, tmp_path):
+    labels, ids = sample
+    in_group(lambda rank: twice(labels, ids["weak"]), 2, tmp_path)
+
+
+def test_batches_and_blocks_decide_nothing(sample, monkeypatch):
+    labels, ids = sample
+    expected = figures_of(score_tokens(ids["weak"], labels, vocab_size=50))
+    for block in (1, 700, 10**6):
+        monkeypatch.setattr(counts, "BLOCK_IDS", block)
+        for per_image in (False, True):
+            stream = count_stream(
+                {"weak": Lookup(ids["weak"], 50)}, batches(labels, 7), plan_images(labels), per_image=per_image
+            )
+            assert figures_of(stream.scores()["weak"]) == pytest.approx(expected, abs=1e-12)
+            assert stream.seconds_reading > 0
+
+
+def test_images_may_differ_in_their_number_of_patches(sample):
     labels, ids = sample
     plan = plan_images(labels)
-    halves = [TokenCounts(plan, 50), TokenCounts(plan, 50)]
-    for half, index in zip(halves, torch.arange(200).view(2, 100), strict=True):
-        half.update(torch.from_numpy(ids["weak"])[index], None, index)
-
-    def all_gather_object(everyone, mine):
-        everyone[:] = [mine, {"weak": halves[1]}]
-
-    for name, value in (("is_initialized", True), ("get_rank", 0), ("get_world_size", 2)):
-        monkeypatch.setattr(torch.distributed, name, lambda value=value: value)
-    monkeypatch.setattr(torch.distributed, "all_gather_object", all_gather_object)
-    gather({"weak": halves[0]})
-    expected = figures_of(score_tokens(ids["weak"], labels, vocab_size=50))
-    assert figures_of(score_counts(halves[0])) == pytest.approx(expected, abs=1e-12)
-
-
-def gathered(rank, folder, labels, ids):
-    """What each of two processes does (for `test_processes_...`)."""
-    torch.distributed.init_process_group("gloo", f"file://{folder}/meet", rank=rank, world_size=2)
-    mine = list(batches(labels))[rank::2]
-    score = score_stream({"weak": Lookup(ids, 50)}, mine, labels, bootstrap=10)["weak"]
-    torch.distributed.barrier()
-    torch.distributed.destroy_process_group()
-    if rank == 1:
-        np.save(f"{folder}/score.npy", [score.alignment_crossfit, score.alignment_crossfit_low, score.nmi])
-
-
-@pytest.mark.slow
-def test_processes_that_share_the_images_get_the_score_of_all(sample, tmp_path):
-    labels, ids = sample
-    torch.multiprocessing.spawn(gathered, (str(tmp_path), labels, ids["weak"]), nprocs=2)
-    alone = score_tokens(ids["weak"], labels, vocab_size=50, bootstrap=10)
-    expected = [alone.alignment_crossfit, alone.alignment_crossfit_low, alone.nmi]
-    assert np.load(tmp_path / "score.npy") == pytest.approx(expected, abs=1e-12)
+    mixed = TokenCounts(plan, 50, per_image=True)
+    for index in torch.arange(200).split(50):
+        mixed.update(torch.from_numpy(ids["weak"])[index, : 3 + int(index[0]) % 4], None, index)
+    rows = mixed.rows()
+    assert rows.matrix.sum(axis=1).A1.tolist() == [3.0] * 50 + [5.0] * 50 + [3.0] * 50 + [5.0] * 50
 
 
 def save(path: Path, **arrays):

@@ -1,6 +1,8 @@
 """`clustermim tcas` as it is used: on tokenizers and images, on stored ids, and on what cannot be scored."""
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -156,3 +158,24 @@ def test_a_class_with_a_single_image_is_plug_in_only_and_told_on_the_command_lin
     assert run(["tcas", "--ids", str(tmp_path / "ids.npz")]) == 0
     printed = " ".join(capsys.readouterr().out.split())
     assert "single image" in printed and "plug-in" in printed
+
+
+@pytest.mark.slow
+def test_two_processes_write_and_print_the_scores_of_one_once(folder, tmp_path):
+    line = [sys.executable, "-m", "clustermim", "tcas", "--tokenizer", str(folder / "pixel-16"), "--limit", "60"]
+    files = [tmp_path / f"{devices}.json" for devices in (1, 2)]
+    told = [
+        subprocess.run(
+            [*line, "--bootstrap", "5", "--device", "cpu", "--devices", str(devices), "--json", str(file)],
+            capture_output=True,
+            text=True,
+            check=True,
+            timeout=300,
+        ).stdout
+        for devices, file in enumerate(files, start=1)
+    ]
+    assert told[0].count("Tokens against") == told[1].count("Tokens against") == 1
+    rows = [json.loads(file.read_text())[0] for file in files]
+    for row in rows:
+        del row["seconds_tokenizing"], row["seconds_counting"]
+    assert rows[0] == rows[1]

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from clustermim.errors import InputError
 from clustermim.scoring.folds import ImagePlan
+from clustermim.tokenizers.processes import Processes
 
 # 2^24 int64 cells are 128 MiB; above it the table is kept sparse.
 DENSE_CELLS = 1 << 24
@@ -254,6 +255,31 @@ class TokenCounts:
         if len(other._keys):
             self._pending.append((other._keys, other._values))
             self._pending_size += len(other._keys)
+
+    def pool(self, processes: Processes) -> None:
+        """Take in what the other processes counted under the same plan; all of them must call it together.
+
+        Tables are summed; counts of each image, which no two processes share, are put behind each other in the order
+        of the processes.
+
+        Raises
+        ------
+        InputError
+            Two processes counted the same image (in all of them).
+        """
+        self.settle()
+        self._merge()
+        seen = processes.add(self._seen.to(torch.int64))
+        if bool((seen > 1).any()):
+            raise InputError("An image was counted twice: each process must be given its own part of the images.")
+        self._seen = seen > 0
+        size = self._rows * self.vocab_size
+        if not self.per_image and size <= DENSE_CELLS:
+            self._dense = processes.add(torch.zeros(size, dtype=torch.int64) if self._dense is None else self._dense)
+            return
+        keys, values = (processes.join(torch.from_numpy(part)).numpy() for part in (self._keys, self._values))
+        self._keys, self._values = np.empty(0, dtype=np.int64), np.empty(0, dtype=np.int64)
+        self._pending, self._pending_size = [(keys, values)], len(keys)
 
     def rows(self) -> RowCounts:
         """The counts so far, ready to be scored.

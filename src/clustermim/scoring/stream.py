@@ -15,6 +15,7 @@ from clustermim.errors import InputError
 from clustermim.scoring.counts import TokenCounts
 from clustermim.scoring.folds import ArrayLike, ImagePlan, plan_images
 from clustermim.scoring.tcas import TokenScore, check_options, score_counts
+from clustermim.tokenizers.processes import Processes
 
 
 @runtime_checkable
@@ -155,15 +156,10 @@ def score_stream(
 
 def gather(counts: Mapping[str, TokenCounts]) -> None:
     """Give every process of a distributed run the counts of all; nothing to do in a single process."""
-    if not torch.distributed.is_available() or not torch.distributed.is_initialized():
-        return
-    rank, world = torch.distributed.get_rank(), torch.distributed.get_world_size()
-    everyone: list[Mapping[str, TokenCounts] | None] = [None] * world
-    torch.distributed.all_gather_object(everyone, dict(counts))
-    for other, theirs in enumerate(everyone):
-        if other != rank and theirs is not None:
-            for name, one in theirs.items():
-                counts[name].merge(one)
+    processes = Processes()
+    if processes.size > 1:
+        for one in counts.values():
+            one.pool(processes)
 
 
 def count_ids(

@@ -84,6 +84,20 @@ def make_fabric(device: Device = "auto", devices: int = 1, precision: Precision 
     )
 
 
+def exact_fabric(device: Device, devices: int) -> Fabric:
+    """A Fabric to launch whose products keep all bits of float32, because near centroids differ in few of them.
+
+    Parameters
+    ----------
+    device, devices
+        As for `make_fabric`.
+    """
+    before = torch.get_float32_matmul_precision()
+    fabric = make_fabric(device, devices, "32-true")
+    torch.set_float32_matmul_precision(before)
+    return fabric
+
+
 def agree(fabric: Fabric, wish: bool) -> bool:
     """Whether any process wishes it; all of them must ask together. Costs nothing in a single process."""
     if fabric.world_size == 1:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 from cyclopts import Parameter
+from lightning_fabric import Fabric
 from rich.console import Console, Group
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
@@ -27,7 +28,7 @@ from clustermim.scoring.stored import open_ids
 from clustermim.scoring.stream import CountedStream, count_ids, count_stream
 from clustermim.scoring.tcas import TokenScore, check_options, score_counts
 from clustermim.tokenizers.tokenizer import Tokenizer, load_tokenizer
-from clustermim.training.launch import Device, resolve_device
+from clustermim.training.launch import Device, exact_fabric
 from clustermim.verbs.score_label_free import agreement_table, agreement_without_labels
 from clustermim.verbs.score_labels import Labelled, check_labels, label_images
 from clustermim.verbs.score_page import score_page
@@ -173,6 +174,7 @@ def tcas(
     html: Path | None = None,
     batch_size: int = 256,
     device: Device = "auto",
+    devices: int = 1,
     workers: int | None = None,
     options: Annotated[DataOptions, Parameter(name="*")] = DEFAULTS,
 ) -> TcasResult:
@@ -217,6 +219,9 @@ def tcas(
         Images tokenized at a time.
     device
         Where tokens are computed.
+    devices
+        How many of them, a process each, which share the images out among them; under torchrun or SLURM their count is
+        taken from there. The scores are those of one process.
     workers
         Processes that read images; default: as the source needs.
     options
@@ -243,6 +248,9 @@ def tcas(
     if label_free and ids is not None:
         raise InputError("--label-free looks at two views of each image: give --tokenizer and --data, not --ids.")
     check_labels(masks, ignore_index, multi_label, ids)
+    fabric = exact_fabric(device, devices)
+    fabric.launch()
+    first = fabric.is_global_zero
     plan_options: dict[str, Any] = {"crossfit": crossfit, "seed": seed}
     per_image = bootstrap > 0 or curve
     agreements: dict[str, Agreement] = {}
@@ -263,18 +271,22 @@ def tcas(
         filled = next(iter(tokenizers.values())).fill_options(options)
         source = open_source("digits" if data is None else data, filled)
         kinds = {name: one.kind for name, one in tokenizers.items()}
+        for one in tokenizers.values():
+            one.check_matches(source.view)
+            one.to(fabric.device)
+        if message := source.skipped_message() if first else None:
+            Console(stderr=True).print(message, markup=False, highlight=False)
         if label_free:
             agreements = agreement_without_labels(
-                tokenizers, source, seed=seed, batch_size=batch_size, device=device, workers=workers
+                tokenizers, source, seed=seed, batch_size=batch_size, device=fabric.device, workers=workers
             )
             if source.labels is None and masks is None and multi_label is None and html is None:
                 alone = TcasResult(scores={}, kinds=kinds, data=source.name, class_names=None, agreements=agreements)
-                _write_rows(json, alone)
+                if first:
+                    _write_rows(json, alone)
                 return alone
-        for one in tokenizers.values():
-            one.check_matches(source.view)
         labelled = label_images(source, tokenizers, masks, ignore_index, multi_label)
-        stream = _count(tokenizers, labelled, batch_size, device, workers, per_image, plan_options)
+        stream = _count(fabric, tokenizers, labelled, batch_size, workers, per_image, plan_options)
         origin, class_names, counted = source.name, labelled.names, stream.counts
         scores = stream.scores(bootstrap=bootstrap, seed=seed)
     curves = {}
@@ -284,9 +296,10 @@ def tcas(
     result = TcasResult(
         scores=scores, kinds=kinds, data=origin, class_names=class_names, curves=curves, agreements=agreements
     )
-    _write_rows(json, result)
-    if html is not None:
-        atomic_write(html, result.html())
+    if first:
+        _write_rows(json, result)
+        if html is not None:
+            atomic_write(html, result.html())
     return result
 
 
@@ -296,26 +309,29 @@ def _write_rows(file: Path | None, result: TcasResult) -> None:
 
 
 def _count(
+    fabric: Fabric,
     tokenizers: Mapping[str, Tokenizer],
     labelled: Labelled,
     batch_size: int,
-    device: Device,
     workers: int | None,
     per_image: bool,
     plan_options: Mapping[str, Any],
 ) -> CountedStream:
-    """Pass over the images once."""
+    """Pass over the images once, each process over its own part of them."""
     source = labelled.source
-    where = resolve_device(device)
-    console = Console(stderr=True)
-    if message := source.skipped_message():
-        console.print(message, markup=False, highlight=False)
     plan = plan_images(labelled.labels, groups=source.groups, **plan_options)
     if labelled.note is not None:
         plan = replace(plan, notes=(*plan.notes, labelled.note))
-    loader = make_loader(source, batch_size=batch_size, train=False, device=where, workers=workers)
-    for one in tokenizers.values():
-        one.to(where)
+    loader = make_loader(
+        source,
+        batch_size=batch_size,
+        train=False,
+        device=fabric.device,
+        workers=workers,
+        rank=fabric.global_rank,
+        world_size=fabric.world_size,
+    )
+    console = Console(stderr=True)
     with Progress(
         TextColumn("tokenizing"),
         BarColumn(),
@@ -323,12 +339,14 @@ def _count(
         TextColumn("images"),
         TimeRemainingColumn(),
         console=console,
-        disable=not console.is_terminal,
+        disable=not (console.is_terminal and fabric.is_global_zero),
     ) as progress:
         task = progress.add_task("", total=len(source))
-        return count_stream(
-            tokenizers, loader.epoch(), plan, per_image=per_image, on_batch=lambda n: progress.advance(task, n)
-        )
+
+        def advance(images: int) -> None:
+            progress.advance(task, images * fabric.world_size)
+
+        return count_stream(tokenizers, loader.epoch(), plan, per_image=per_image, on_batch=advance)
 
 
 def name_tokenizers(loaded: Sequence[tuple[Any, Tokenizer]]) -> dict[str, Tokenizer]:

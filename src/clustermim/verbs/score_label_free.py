@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 
+import torch
 from rich.console import Group
 from rich.table import Table
 from rich.text import Text
@@ -10,7 +11,6 @@ from clustermim.data.loaders import make_loader
 from clustermim.data.sources import ImageSource, require_labels
 from clustermim.scoring.agreement import Agreement, AgreementCounts
 from clustermim.tokenizers.tokenizer import Tokenizer
-from clustermim.training.launch import Device, resolve_device
 
 WARNING = (
     "Experimental: agreement says that tokens last from view to view, not that they tell classes apart. Controls by "
@@ -34,7 +34,7 @@ def agreement_without_labels(
     *,
     seed: int,
     batch_size: int,
-    device: Device,
+    device: torch.device,
     workers: int | None,
 ) -> dict[str, Agreement]:
     """Tokenize two augmented views of each image (the training views of epochs 0 and 1) and compare.
@@ -50,14 +50,11 @@ def agreement_without_labels(
     batch_size, device, workers
         As for `tcas`.
     """
-    where = resolve_device(device)
     for one in tokenizers.values():
-        one.check_matches(source.view)
         if "labels" in one.requires:
             require_labels(source, f"A tokenizer of kind {one.kind!r}")
-        one.to(where)
     size = min(batch_size, len(source))
-    loader = make_loader(source, batch_size=size, train=True, seed=seed, device=where, workers=workers)
+    loader = make_loader(source, batch_size=size, train=True, seed=seed, device=device, workers=workers)
     counts = {name: AgreementCounts(len(source), one.vocab_size) for name, one in tokenizers.items()}
     for view in (0, 1):
         for batch in loader.epoch(view):

@@ -10,7 +10,6 @@ from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import torch
 from cyclopts import Parameter
 from lightning_fabric import Fabric
 from rich.console import Console
@@ -25,7 +24,7 @@ from clustermim.tokenizers.fitting import fit
 from clustermim.tokenizers.tokenizer import Tokenizer, load_tokenizer
 from clustermim.tokenizers.vqvae.training import VQVAEConfig
 from clustermim.training.checkpoints import Checkpoints
-from clustermim.training.launch import Device, enter_on_first, listen_for_stop, make_fabric
+from clustermim.training.launch import Device, enter_on_first, exact_fabric, listen_for_stop
 from clustermim.verbs.align_tokens import fit_aligned, gain_sentence, plan_alignment
 from clustermim.verbs.train_vqvae import train_into
 
@@ -144,7 +143,7 @@ def fit_tokenizer(
     only_clustered = {"metric": metric, "n_init": n_init, "max_passes": max_passes, "tol": tol, "fit_views": fit_views}
     only_clustered |= {"levels": levels, "probes": probes}
     _refuse_inapplicable(kind, vqvae, features=features, **only_clustered)
-    fabric = _exact_fabric(device, devices)
+    fabric = exact_fabric(device, devices)
     if kind != "vqvae":  # which launches its own, of another precision
         fabric.launch()
     where = fabric.device
@@ -232,14 +231,6 @@ def _refuse_inapplicable(kind: str, vqvae: VQVAEConfig | None, **others: Any) ->
     unfit = [f"--{key.replace('_', '-')}" for key, value in others.items() if value != defaults[key]]
     if kind == "vqvae" and unfit:
         raise InputError(f"{', '.join(unfit)}: not for --kind vqvae, which learns from pixels. Leave it out.")
-
-
-def _exact_fabric(device: Device, devices: int) -> Fabric:
-    """A Fabric to launch whose products keep all bits of float32, because near centroids differ in few of them."""
-    before = torch.get_float32_matmul_precision()
-    fabric = make_fabric(device, devices, "32-true")
-    torch.set_float32_matmul_precision(before)
-    return fabric
 
 
 def _fit_into(fabric: Fabric, run: RunDirectory, source: ImageSource, make: Callable[..., Tokenizer]) -> Tokenizer:
