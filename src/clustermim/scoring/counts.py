@@ -21,8 +21,8 @@ from clustermim.errors import InputError
 from clustermim.scoring.folds import ImagePlan
 from clustermim.tokenizers.processes import Processes
 
-# 2^24 int64 cells are 128 MiB; above it the table is kept sparse.
-DENSE_CELLS = 1 << 24
+# 2^24 int64 cells are 128 MiB; above it the table is kept sparse, as is one of many more cells than there can be ids.
+DENSE_CELLS, ALWAYS_DENSE, CELLS_AN_IMAGE = 1 << 24, 1 << 20, 256
 # Ids wait, in as few bytes as K allows, until so many are there; they are then counted together.
 BLOCK_IDS = 1 << 20
 # Pending sparse keys are merged into the table when they outnumber it, and at least this many.
@@ -85,6 +85,9 @@ class TokenCounts:
         self.vocab_size = vocab_size
         self.per_image = per_image
         self._rows = max(1, plan.num_folds) * plan.num_classes
+        size = self._rows * vocab_size
+        worth = size <= max(ALWAYS_DENSE, CELLS_AN_IMAGE * plan.num_images)
+        self._keeps_table = not per_image and size <= DENSE_CELLS and worth
         self._narrow = narrowest(vocab_size)
         self._folds = torch.from_numpy(plan.folds)
         self._seen = torch.zeros(plan.num_images, dtype=torch.bool)
@@ -183,7 +186,7 @@ class TokenCounts:
             cells = self._folds[where].to(ids.device)[row] * self.plan.num_classes + member
             keys = cells * self.vocab_size + token
         size = self._rows * self.vocab_size
-        if size > DENSE_CELLS:
+        if not self._keeps_table:
             self._push(*np.unique(keys.cpu().numpy(), return_counts=True))
             return
         if self._dense is None:
@@ -273,9 +276,9 @@ class TokenCounts:
         if bool((seen > 1).any()):
             raise InputError("An image was counted twice: each process must be given its own part of the images.")
         self._seen = seen > 0
-        size = self._rows * self.vocab_size
-        if not self.per_image and size <= DENSE_CELLS:
-            self._dense = processes.add(torch.zeros(size, dtype=torch.int64) if self._dense is None else self._dense)
+        if self._keeps_table:
+            none = torch.zeros(self._rows * self.vocab_size, dtype=torch.int64)
+            self._dense = processes.add(none if self._dense is None else self._dense)
             return
         keys, values = (processes.join(torch.from_numpy(part)).numpy() for part in (self._keys, self._values))
         self._keys, self._values = np.empty(0, dtype=np.int64), np.empty(0, dtype=np.int64)
