@@ -17,6 +17,18 @@ def with_interval(score: TokenScore, figure: str) -> str:
     return f"{value:.3f}" if interval is None else f"{value:.3f} [{interval[0]:.3f}, {interval[1]:.3f}]"
 
 
+def best_of(scores: Mapping[str, TokenScore], controls: Collection[str] = ()) -> str | None:
+    """The tokenizer of the highest cross-fitted alignment, controls aside unless there is nothing else.
+
+    None where only plug-in figures are known.
+    """
+    candidates = [name for name in scores if name not in controls] or list(scores)
+    known = {name: score.alignment_crossfit for name in candidates for score in [scores[name]]}
+    if not known or any(value is None for value in known.values()):
+        return None
+    return max(known, key=lambda name: known[name] or 0.0)
+
+
 def advise(scores: Mapping[str, TokenScore], controls: Collection[str] = ()) -> list[str]:
     """Sentences of advice on scores of the same images.
 

@@ -1,5 +1,6 @@
 """Is tokenizer A better than B? Both are scored on the same resamples of the same images, so the answer is paired."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -61,6 +62,17 @@ def compare(a: TokenScore, b: TokenScore, figure: str | None = None) -> Comparis
     equal = np.abs(better) < 1e-12
     probability = float(np.mean((better > 0) & ~equal) + np.mean(equal) / 2)
     return Comparison(figure=figure, difference=difference, low=float(low), high=float(high), probability=probability)
+
+
+def compare_all(scores: Mapping[str, TokenScore]) -> dict[str, dict[str, Comparison]]:
+    """Each tokenizer against each other one: name -> other name -> how the first differs from the second.
+
+    Empty where nothing can be compared fairly: without a bootstrap, or where only plug-in figures are known, which
+    favour the larger vocabulary.
+    """
+    if any(score.alignment_crossfit is None or not score.bootstrap for score in scores.values()):
+        return {}
+    return {a: {b: compare(scores[a], scores[b]) for b in scores if b != a} for a in scores}
 
 
 def _same_images(a: TokenScore, b: TokenScore) -> bool:

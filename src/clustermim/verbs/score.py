@@ -3,6 +3,7 @@
 import json as json_text
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -19,8 +20,9 @@ from clustermim.data.options import DEFAULTS, DataOptions
 from clustermim.data.sources import open_source
 from clustermim.errors import InputError
 from clustermim.runs import atomic_write
-from clustermim.scoring.advice import advise, with_interval
+from clustermim.scoring.advice import advise, best_of, with_interval
 from clustermim.scoring.agreement import Agreement
+from clustermim.scoring.comparing import Comparison, compare_all
 from clustermim.scoring.counts import TokenCounts
 from clustermim.scoring.folds import plan_images
 from clustermim.scoring.learning import CurvePoint, curve_advice, learning_curve
@@ -58,6 +60,16 @@ class TcasResult:
         """Names that are there for comparison."""
         return frozenset(name for name, kind in self.kinds.items() if kind in CONTROLS)
 
+    @cached_property
+    def comparisons(self) -> Mapping[str, Mapping[str, Comparison]]:
+        """Each tokenizer against each other one, paired image by image; empty without a bootstrap."""
+        return compare_all(self.scores)
+
+    @property
+    def best(self) -> str | None:
+        """The tokenizer that the others are compared with."""
+        return best_of(self.scores, self.controls) if self.scores else None
+
     @property
     def advice(self) -> list[str]:
         """Sentences that say what to make of the scores."""
@@ -74,6 +86,9 @@ class TcasResult:
             name: {"tokenizer": name, "kind": kind, "data": self.data} for name, kind in self.kinds.items()
         }
         agreed = {name: one.to_dict() for name, one in self.agreements.items()}
+        for name in self.comparisons:
+            if self.best is not None and name != self.best:
+                known[name] |= {"best": self.best} | _lag(self.comparisons[name][self.best])
         scored = {name: score.to_dict() | {"notes": " ".join(score.notes)} for name, score in self.scores.items()}
         return [
             *(one | scored.get(name, {}) | agreed.get(name, {}) for name, one in known.items()),
@@ -90,6 +105,8 @@ class TcasResult:
             notes=self.notes,
             class_names=self.class_names,
             curves=self.curves,
+            best=self.best,
+            comparisons=self.comparisons,
         )
 
     def __rich__(self) -> Group:
@@ -119,6 +136,7 @@ class TcasResult:
             *(["alignment, plug-in"] if crossfit else []),
             "NMI ↑",
             "perplexity",
+            *([f"P({self.best} is better)"] if self.comparisons and len(self.scores) > 1 else []),
         ):
             table.add_column(title, justify="right", no_wrap=title.startswith("alignment"))
         for name, score in self.scores.items():
@@ -134,11 +152,15 @@ class TcasResult:
                 *([_short(score.alignment)] if crossfit else []),
                 _short(score.nmi),
                 f"{score.perplexity:,.1f}",
+                *([self._chance(name)] if self.comparisons and len(self.scores) > 1 else []),
                 style="dim" if name in self.controls else None,
             )
         lines = [Text(line) for line in self.advice] + [Text(f"Note: {note}", style="yellow") for note in self.notes]
         agreed = [agreement_table(self.agreements, self.data)] if self.agreements else []
         return Group(table, *([self._curve_table()] if self.curves else []), *lines, *agreed)
+
+    def _chance(self, name: str) -> str:
+        return "-" if name == self.best else f"{1 - self.comparisons[name][str(self.best)].probability:.2f}"
 
     def _curve_table(self) -> Table:
         table = Table(
@@ -301,6 +323,16 @@ def tcas(
         if html is not None:
             atomic_write(html, result.html())
     return result
+
+
+def _lag(comparison: Comparison) -> dict[str, float]:
+    """How a tokenizer compares with the best, as keys of its record."""
+    return {
+        "minus_best": comparison.difference,
+        "minus_best_low": comparison.low,
+        "minus_best_high": comparison.high,
+        "probability_best_is_better": 1 - comparison.probability,
+    }
 
 
 def _write_rows(file: Path | None, result: TcasResult) -> None:

@@ -6,6 +6,7 @@ from typing import Any
 from clustermim.render.figures import Point, interval_chart
 from clustermim.render.page import Column, Page, Section
 from clustermim.render.score_figures import MOST_CLASSES, confusion_chart, learning_chart
+from clustermim.scoring.comparing import Comparison
 from clustermim.scoring.learning import CurvePoint
 from clustermim.scoring.tcas import TokenScore
 
@@ -21,6 +22,8 @@ def score_page(
     notes: Sequence[str],
     class_names: Sequence[str] | None,
     curves: Mapping[str, Sequence[CurvePoint]],
+    best: str | None = None,
+    comparisons: Mapping[str, Mapping[str, Comparison]] | None = None,
 ) -> str:
     """The page as HTML.
 
@@ -38,6 +41,10 @@ def score_page(
         Name of each label; None to show the numbers.
     curves
         Learning curves; none where they were not asked for.
+    best
+        The tokenizer that the others are compared with.
+    comparisons
+        Each tokenizer against each other one, by name and name; none without a bootstrap.
     """
     some = next(iter(scores.values()))
     end = "" if some.alignment_crossfit is None else "_crossfit"
@@ -71,6 +78,8 @@ def score_page(
         "**Cosine**: similarity of the classes' token histograms. Cross-fitted figures judge tokens on images that "
         "they were not counted on; plug-in figures do not, and flatter large vocabularies."
     )
+    if comparisons and best is not None and len(scores) > 1:
+        _comparisons(page.section("Which is better"), best, comparisons, controls)
     if curves:
         _curves(page.section("How many labels are enough"), curves)
     for name, score in scores.items():
@@ -99,6 +108,46 @@ def _score_table(part: Section, scores: Mapping[str, TokenScore], controls: Coll
     caption = "All figures but NMI, purity and perplexity are cross-fitted." if end else "All figures are plug-in."
     rows = [{"tokenizer": name} | score.to_dict() for name, score in scores.items()]
     part.table(columns, rows, caption=f"{caption} Small: 95 % intervals. Grey: controls.", muted=muted)
+
+
+def _comparisons(
+    part: Section, best: str, comparisons: Mapping[str, Mapping[str, Comparison]], controls: Collection[str]
+) -> None:
+    others = [name for name in comparisons if name != best]
+    part.table(
+        [
+            Column(key="tokenizer", title="Tokenizer", kind="text"),
+            Column(key="difference", title=f"Alignment beyond {best}", digits=4, low="low", high="high"),
+            Column(key="chance", title=f"Probability that {best} is better", digits=2),
+        ],
+        [{"tokenizer": name} | _against(comparisons[name][best]) for name in others],
+        caption="Paired: both are scored on the same resamples of the same images, so what they share cancels. Small: "
+        "95 % intervals of the difference. Grey: controls.",
+        muted=[i for i, name in enumerate(others) if name in controls],
+    )
+    if len(others) > 1:
+        part.table(
+            [
+                Column(key="tokenizer", title="Better than:", kind="text"),
+                *(Column(key=name, title=name, digits=2) for name in comparisons),
+            ],
+            [
+                {"tokenizer": name} | {other: found.probability for other, found in row.items()}
+                for name, row in comparisons.items()
+            ],
+            caption="Probability that the tokenizer of the row is better than that of the column.",
+            muted=[i for i, name in enumerate(comparisons) if name in controls],
+            sortable=False,
+        )
+
+
+def _against(comparison: Comparison) -> dict[str, float]:
+    return {
+        "difference": comparison.difference,
+        "low": comparison.low,
+        "high": comparison.high,
+        "chance": 1 - comparison.probability,
+    }
 
 
 def _curves(part: Section, curves: Mapping[str, Sequence[CurvePoint]]) -> None:
