@@ -70,3 +70,41 @@ def test_what_has_no_graph_is_refused(options, message):
 def test_patch_sizes_must_agree(tokenizers):
     with pytest.raises(InputError, match="one patch size"):
         graph(tokenizers["pixel"], patch_size=4)
+
+
+def test_the_toy_model_is_reached_drawn_and_what_theory_says(tmp_path, works):
+    files = ("--json", tmp_path / "t.json", "--html", tmp_path / "t.html")
+    assert "the toy model, n = 8, m = 4" in works("graph", "--toy", 8, 4, *files)
+    rows = json.loads((tmp_path / "t.json").read_text())
+    found = {row["tokens"]: row["second_eigenvalue"] for row in rows}
+    assert found == {
+        "identity": pytest.approx(1 / 4),
+        "class-wise": pytest.approx(1 / 8),
+        "cross-class": pytest.approx(0),
+    }
+    page = (tmp_path / "t.html").read_text()
+    assert page.count("<svg") == 2 and "cross-class" in page
+
+
+@pytest.mark.parametrize(
+    ("line", "told"),
+    [
+        (("--toy", 7, 4), "even"),
+        (("--toy", 4, 8), "m = 8"),
+        (("--toy", 8, 4, "--data", "digits"), "leave out"),
+        (("--toy", 8), "--toy"),
+    ],
+)
+def test_a_toy_that_is_none_is_told(fails, line, told):
+    assert told in fails("graph", *line)
+
+
+def test_a_few_images_of_different_classes_are_drawn(tokenizers):
+    result = graph([tokenizers["pixel"], tokenizers["oracle"]], options=FEW, masks=2)
+    plain, pixel, oracle = result.drawings.values()
+    assert plain[0].shape[0] == 8 and plain[0].shape[1] > pixel[0].shape[1] >= oracle[0].shape[1] == 4
+    for weights, members in result.drawings.values():
+        assert weights.sum(axis=1) == pytest.approx(np.ones(8)) and (members.sum(axis=0) > 0).sum() == 4
+    assert result.html().count("<svg") == 2
+    large = graph(patch_size=1, options=FEW, masks=2)
+    assert not large.drawings and large.html().count("<svg") == 1

@@ -1,10 +1,11 @@
-"""Figures of token scores and of the augmentation graph: confused classes, learning curves, spectra."""
+"""Figures of token scores and of the augmentation graph: confused classes, learning curves, spectra, small graphs."""
 
 from collections.abc import Mapping, Sequence
 
 import matplotlib
 import numpy as np
 from jaxtyping import Float
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from matplotlib.ticker import FuncFormatter, MaxNLocator, NullLocator
@@ -116,3 +117,66 @@ def spectrum_chart(spectra: Mapping[str, Sequence[float]]) -> Figure:
         axes.set_ylabel("eigenvalue λ")
         figure.legend(loc="outside upper left", ncols=2)
         return figure
+
+
+def graph_chart(
+    graphs: Mapping[str, tuple[Float[np.ndarray, "n1 _"], Float[np.ndarray, "n1 l"] | None]],
+) -> Figure:
+    """Small augmentation graphs side by side: visible views (circles) left, hidden nodes (squares) right.
+
+    A node has the colour of its class; one of several classes is grey. A hidden node is the larger the more weight it
+    has, so tokens, which merge hidden views, stand out; lines are the darker the more weight they carry.
+
+    Parameters
+    ----------
+    graphs
+        Name -> (weights (n1, n2) ≥ 0, class memberships of the visible views (n1, L) or None).
+    """
+    sides = [max(weights.shape) for weights, _ in graphs.values()]
+    height = 60 + float(np.clip(13 * max(sides), 130, 460))
+    with matplotlib.rc_context(_STYLE):
+        figure = _blank(40 + 150 * len(graphs), height)
+        panels = np.atleast_1d(figure.subplots(1, len(graphs)))
+        for axes, (name, (weights, members)) in zip(panels, graphs.items(), strict=True):
+            _draw_graph(axes, weights, np.ones((len(weights), 1)) if members is None else members)
+            axes.set_title(name, loc="center")
+        return figure
+
+
+def _draw_graph(axes: Axes, weights: Float[np.ndarray, "n1 n2"], members: Float[np.ndarray, "n1 l"]) -> None:
+    visible, hidden = weights.shape
+    left = np.linspace(0, 1, visible) if visible > 1 else np.array([0.5])
+    # Hidden nodes stand in the order of the mean height of their neighbours, which crosses the fewest lines.
+    mass = weights.sum(axis=0)
+    order = np.argsort(left @ weights / mass, kind="stable")
+    right = np.empty(hidden)
+    right[order] = np.linspace(0, 1, hidden) if hidden > 1 else 0.5
+    top = weights.max()
+    for a, b in zip(*np.nonzero(weights), strict=True):
+        axes.plot(
+            [0, 1], [left[a], right[b]], color=light("muted"), alpha=0.12 + 0.5 * weights[a, b] / top, linewidth=0.9
+        )
+    small, large = np.clip(1200 / max(visible, hidden), 14, 60), np.clip(3600 / hidden, 14, 180)
+    own = _class_colours(members)
+    theirs = _class_colours(weights.T @ members)
+    axes.scatter(np.zeros(visible), left, s=small, c=own, zorder=3, linewidths=0)
+    sizes = np.maximum(12, large * mass / mass.max())
+    axes.scatter(np.ones(hidden), right, s=sizes, c=theirs, marker="s", zorder=3, linewidths=0)
+    axes.set_xlim(-0.2, 1.2)
+    axes.set_ylim(1.06, -0.06)
+    axes.set_xticks([0, 1], ["visible", "hidden"])
+    axes.set_yticks([])
+    axes.tick_params(length=0)
+    axes.grid(visible=False)
+    for spine in axes.spines.values():
+        spine.set_visible(False)
+
+
+def _class_colours(shares: Float[np.ndarray, "n l"]) -> list[str]:
+    """The colour of the class that holds all of a node, grey for a node of several."""
+    shares = shares / shares.sum(axis=1, keepdims=True)
+    pure = shares.max(axis=1) > 1 - 1e-9
+    return [
+        light(SERIES[int(c) % len(SERIES)]) if one else light("muted")
+        for c, one in zip(shares.argmax(axis=1), pure, strict=True)
+    ]

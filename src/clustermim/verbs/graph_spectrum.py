@@ -2,7 +2,7 @@
 
 import json as json_text
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -19,20 +19,27 @@ from clustermim.data.options import DEFAULTS, DataOptions
 from clustermim.data.sources import ImageSource, open_source
 from clustermim.errors import InputError
 from clustermim.render.page import Column, Page
-from clustermim.render.score_figures import spectrum_chart
+from clustermim.render.score_figures import graph_chart, spectrum_chart
 from clustermim.runs import atomic_write
 from clustermim.scoring.graph import GraphReport, augmentation_spectrum, mask_graph
 from clustermim.tokenizers.tokenizer import Tokenizer, load_tokenizer
 from clustermim.training.launch import Device, resolve_device
+from clustermim.verbs.graph_drawing import IMAGES, Drawing, cut_drawings, toy_graphs
 from clustermim.verbs.score import name_tokenizers
 
 PLAIN = "no tokens"
 """Name of the graph in which every hidden patch is a node of its own, as for MAE."""
+TOY = "the toy model"
 READING = (
     "Each mask of an image is a visible view, each hidden patch a hidden view; a tokenizer merges hidden patches of "
     "one token. λ are the eigenvalues of the graph between visible views that share hidden ones. Tokens connect "
     "images, which lowers Σλ², and connect classes, which raises the labelling error α. c1·Σλ² + c2·α bounds "
     "downstream error up to constants that nobody knows: docs/theory.md says what may be read from it."
+)
+TOY_READING = (
+    "Two classes have n visible and n hidden views each and share m of either. Identity tokens merge nothing; "
+    "class-wise ones merge the hidden views of a class and half of those shared; cross-class ones half of both "
+    "classes. λ₂ is (1 − m/n)², (1 − m/n)³ and 0: docs/theory.md."
 )
 
 
@@ -44,6 +51,13 @@ class GraphResult:
     data: str
     c1: float
     c2: float
+    drawings: Mapping[str, Drawing] = field(default_factory=dict)
+    """What is small enough to be drawn: the toy model, or the views of a few images."""
+
+    @property
+    def reading(self) -> str:
+        """What the figures mean."""
+        return TOY_READING if self.data.startswith(TOY) else READING
 
     def rows(self) -> list[dict[str, Any]]:
         """One flat record a graph; `bound` is c1·Σλ² + c2·α."""
@@ -56,7 +70,16 @@ class GraphResult:
 
     def html(self) -> str:
         """The reports as a self-contained page."""
-        page = Page(f"Augmentation graph of {self.data}", lead=[READING])
+        page = Page(f"Augmentation graph of {self.data}", lead=[self.reading])
+        if self.drawings:
+            part = page.section("Graph")
+            part.chart(
+                graph_chart(self.drawings),
+                description="Visible views and hidden nodes of each graph, joined by lines",
+                caption="Circles: visible views. Squares: hidden views, merged where they have one token. Colours: "
+                "classes; grey: of several."
+                + ("" if self.data.startswith(TOY) else f" Of the graph, the views of {IMAGES} images."),
+            )
         part = page.section("Spectrum")
         part.chart(
             spectrum_chart({name: report.eigenvalues[:50].tolist() for name, report in self.reports.items()}),
@@ -99,13 +122,14 @@ class GraphResult:
                 "-" if intra is None or not inter else f"{intra / inter:.2f}",
                 _short(row["bound"]),
             )
-        return Group(table, Text(READING))
+        return Group(table, Text(self.reading))
 
 
 def graph(
     tokenizer: Annotated[Any, Parameter(name="--tokenizer", consume_multiple=True, negative="")] = (),
-    data: Annotated[Any, Parameter()] = "digits",
+    data: Annotated[Any, Parameter()] = None,
     *,
+    toy: Annotated[tuple[int, int] | None, Parameter(negative="")] = None,
     mask_ratio: float = 0.75,
     masks: int = 4,
     patch_size: int | None = None,
@@ -119,14 +143,18 @@ def graph(
     workers: int | None = None,
     options: Annotated[DataOptions, Parameter(name="*")] = DEFAULTS,
 ) -> GraphResult:
-    """Spectrum and labelling error of the augmentation graph of masked images, with tokens and without.
+    """Spectrum and labelling error of the augmentation graph of masked images (or a toy), with tokens and without.
 
     Parameters
     ----------
     tokenizer
         Folders of fitted tokenizers and controls, or hf:owner/name; none for the plain graph alone.
     data
-        Images, labelled or not; `--limit` 500 or so gives a quick look.
+        Images, labelled or not: digits (the default), a folder, .zip, .npz, .tif or parquet; `--limit` 500 or so gives
+        a quick look.
+    toy
+        Instead of images the toy model of docs/theory.md under its three tokenizers: n views of each class, m of them
+        shared, both even.
     mask_ratio
         Share of patches hidden.
     masks
@@ -169,10 +197,40 @@ def graph(
     for name, weight in (("c1", c1), ("c2", c2)):
         if weight is not None and not 0 <= weight < float("inf"):
             raise InputError(f"--{name} must be a number of at least 0, not {weight}.")
+    if toy is not None:
+        if len(tokenizer) or data is not None:
+            raise InputError("--toy is a graph of its own, with its own tokens: leave out --tokenizer and --data.")
+        reports, drawings = toy_graphs(*toy)
+        name = f"{TOY}, n = {toy[0]}, m = {toy[1]}"
+    else:
+        reports, drawings, name = _of_images(
+            tokenizer, data, mask_ratio, masks, patch_size, seed, batch_size, device, workers, options
+        )
+    result = GraphResult(reports=reports, data=name, c1=c1, c2=2 * c1 if c2 is None else c2, drawings=drawings)
+    if json is not None:
+        atomic_write(json, json_text.dumps(result.rows(), indent=2) + "\n")
+    if html is not None:
+        atomic_write(html, result.html())
+    return result
+
+
+def _of_images(
+    tokenizer: Any,
+    data: Any,
+    mask_ratio: float,
+    masks: int,
+    patch_size: int | None,
+    seed: int,
+    batch_size: int,
+    device: Device,
+    workers: int | None,
+    options: DataOptions,
+) -> tuple[dict[str, GraphReport], dict[str, Drawing], str]:
+    """Reports, drawings and the name of the data."""
     where = resolve_device(device)
     tokenizers = name_tokenizers([(spec, load_tokenizer(spec)) for spec in tokenizer])
     filled = next(iter(tokenizers.values())).fill_options(options) if tokenizers else options
-    source = open_source(data, filled)
+    source = open_source("digits" if data is None else data, filled)
     if message := source.skipped_message():
         Console(stderr=True).print(message, markup=False, highlight=False)
     side = _patch_side(tokenizers, patch_size)
@@ -187,15 +245,9 @@ def graph(
     image = np.tile(np.arange(len(source)), masks)
     weights = mask_graph(hidden, image, len(source))
     labels = None if source.labels is None else np.unique(source.labels, return_inverse=True)[1][image]
-    reports = {PLAIN: augmentation_spectrum(weights, labels=labels)}
-    for name, ids in _tokens(tokenizers, source, batch_size, where, workers).items():
-        reports[name] = augmentation_spectrum(weights, tokens=ids, labels=labels)
-    result = GraphResult(reports=reports, data=source.name, c1=c1, c2=2 * c1 if c2 is None else c2)
-    if json is not None:
-        atomic_write(json, json_text.dumps(result.rows(), indent=2) + "\n")
-    if html is not None:
-        atomic_write(html, result.html())
-    return result
+    tokens = {PLAIN: None} | _tokens(tokenizers, source, batch_size, where, workers)
+    reports = {name: augmentation_spectrum(weights, tokens=ids, labels=labels) for name, ids in tokens.items()}
+    return reports, cut_drawings(weights, tokens, image, labels), source.name
 
 
 def _patch_side(tokenizers: Mapping[str, Tokenizer], patch_size: int | None) -> int:
