@@ -120,7 +120,7 @@ def spectrum_chart(spectra: Mapping[str, Sequence[float]]) -> Figure:
 
 
 def graph_chart(
-    graphs: Mapping[str, tuple[Float[np.ndarray, "n1 _"], Float[np.ndarray, "n1 l"] | None]],
+    graphs: Mapping[str, tuple[np.ndarray, np.ndarray | None]],
 ) -> Figure:
     """Small augmentation graphs side by side: visible views (circles) left, hidden nodes (squares) right.
 

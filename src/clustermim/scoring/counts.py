@@ -19,6 +19,7 @@ from torch import Tensor
 
 from clustermim.errors import InputError
 from clustermim.scoring.folds import ImagePlan
+from clustermim.scoring.image_counts import ImageCounts, compact
 from clustermim.tokenizers.processes import Processes
 
 # 2^24 int64 cells are 128 MiB; above it the table is kept sparse, as is one of many more cells than there can be ids.
@@ -74,7 +75,7 @@ class TokenCounts:
     vocab_size
         K: token ids lie in [0, K).
     per_image
-        Keep the sparse counts of each image, which the bootstrap needs. Memory: 12 bytes for each distinct token of
+        Keep the sparse counts of each image, which the bootstrap needs. Memory: 8 bytes for each distinct token of
         each image, instead of 8 bytes for each (fold, class, token).
     """
 
@@ -94,6 +95,7 @@ class TokenCounts:
         self._waiting: list[tuple[Tensor, Tensor]] = []
         self._waiting_ids = 0
         self._dense: Tensor | None = None
+        self._images = ImageCounts()
         self._keys = np.empty(0, dtype=np.int64)
         self._values = np.empty(0, dtype=np.int64)
         self._pending: list[tuple[np.ndarray, np.ndarray]] = []
@@ -170,12 +172,10 @@ class TokenCounts:
             return
         ids, where = (torch.cat(parts) for parts in zip(*self._waiting, strict=True))
         self._waiting, self._waiting_ids = [], 0
-        if not self.per_image:
-            self._add_cells(ids, where)
-        elif self.plan.kind == "images":
-            self._add_images(ids.cpu().numpy(), where.numpy())
+        if self.per_image:
+            self._add_images(ids, where)
         else:
-            self._add_memberships(ids, where)
+            self._add_cells(ids, where)
 
     def _add_cells(self, ids: Tensor, where: Tensor) -> None:
         if self.plan.kind == "images":
@@ -196,28 +196,26 @@ class TokenCounts:
         else:
             self._dense.scatter_add_(0, keys, torch.ones_like(keys))
 
-    def _add_images(self, ids: np.ndarray, images: np.ndarray) -> None:
-        """An image has one class, so sorting inside each image brings equal keys together."""
-        # Integers of 32 and 64 bits are sorted by vector instructions, those of 8 bits are not.
-        ids = np.sort(ids.astype(np.result_type(ids, np.int32)), axis=1)
-        fresh = np.ones(ids.shape, dtype=bool)
-        np.not_equal(ids[:, 1:], ids[:, :-1], out=fresh[:, 1:])
-        first = np.flatnonzero(fresh)
-        pairs = images * self.plan.num_classes + self.plan.labels[images]
-        # Keys of whole data sets fit int64 as long as images × L × K < 9·10^18.
-        keys = (pairs * self.vocab_size)[first // ids.shape[1]] + ids.ravel()[first]
-        self._push(keys, np.diff(first, append=ids.size))
-
-    def _add_memberships(self, ids: Tensor, where: Tensor) -> None:
+    def _add_images(self, ids: Tensor, where: Tensor) -> None:
+        if self.plan.kind == "images":
+            images = where.numpy()
+            pairs = images * self.plan.num_classes + self.plan.labels[images]
+            narrow = torch.int64 if self._narrow == torch.int64 else torch.int32
+            self._images.add_sorted(ids.to(narrow).cpu().numpy(), pairs)
+            return
         row, member, token = (part.cpu().numpy() for part in self.plan.spread(ids, where))
-        pairs = where.numpy()[row] * self.plan.num_classes + member
-        self._push(*np.unique(pairs * self.vocab_size + token, return_counts=True))
+        # Keys of a block fit int64 as long as images × L × K < 9·10^18.
+        keys, counts = np.unique(
+            (where.numpy()[row] * self.plan.num_classes + member) * self.vocab_size + token, return_counts=True
+        )
+        pair, token = np.divmod(keys, self.vocab_size)
+        pairs, lengths = np.unique(pair, return_counts=True)
+        self._images.add(pairs, lengths, token.astype(np.int64 if self._narrow == torch.int64 else np.int32), counts)
 
     def _push(self, keys: np.ndarray, counts: np.ndarray) -> None:
-        self._pending.append((keys, counts.astype(np.int32 if self.per_image else np.int64)))
+        self._pending.append((keys, counts.astype(np.int64)))
         self._pending_size += len(keys)
-        # Images never repeat, so their keys never meet and need no merging on the way.
-        if not self.per_image and self._pending_size > max(MERGE_AT, len(self._keys)):
+        if self._pending_size > max(MERGE_AT, len(self._keys)):
             self._merge()
 
     def _merge(self) -> None:
@@ -226,9 +224,6 @@ class TokenCounts:
         keys = np.concatenate([self._keys, *(k for k, _ in self._pending)])
         values = np.concatenate([self._values, *(v for _, v in self._pending)])
         self._pending, self._pending_size = [], 0
-        if self.per_image:
-            self._keys, self._values = keys, values
-            return
         self._keys, inverse = np.unique(keys, return_inverse=True)
         self._values = np.bincount(inverse, weights=values, minlength=len(self._keys)).astype(np.int64)
 
@@ -254,6 +249,7 @@ class TokenCounts:
         self._seen |= other._seen
         if other._dense is not None:
             self._dense = other._dense.clone() if self._dense is None else self._dense + other._dense.to(self._dense)
+        self._images.extend(other._images)
         other._merge()
         if len(other._keys):
             self._pending.append((other._keys, other._values))
@@ -271,7 +267,6 @@ class TokenCounts:
             Two processes counted the same image (in all of them).
         """
         self.settle()
-        self._merge()
         seen = processes.add(self._seen.to(torch.int64))
         if bool((seen > 1).any()):
             raise InputError("An image was counted twice: each process must be given its own part of the images.")
@@ -280,6 +275,10 @@ class TokenCounts:
             none = torch.zeros(self._rows * self.vocab_size, dtype=torch.int64)
             self._dense = processes.add(none if self._dense is None else self._dense)
             return
+        if self.per_image:
+            self._images.pool(processes)
+            return
+        self._merge()
         keys, values = (processes.join(torch.from_numpy(part)).numpy() for part in (self._keys, self._values))
         self._keys, self._values = np.empty(0, dtype=np.int64), np.empty(0, dtype=np.int64)
         self._pending, self._pending_size = [(keys, values)], len(keys)
@@ -298,6 +297,12 @@ class TokenCounts:
                 f"{missing} of {self.plan.num_images} labelled images have no tokens: ids and labels differ in length."
             )
         self.settle()
+        known: dict[str, Any] = {"num_classes": self.plan.num_classes, "num_folds": self.plan.num_folds}
+        if self.per_image:
+            pairs, tokens, matrix = self._images.matrix(self.vocab_size)
+            known["row_image"], known["row_class"] = np.divmod(pairs, self.plan.num_classes)
+            known["row_fold"] = self.plan.folds[known["row_image"]]
+            return RowCounts(matrix=matrix, tokens=tokens, **known)
         if self._dense is not None:
             flat = self._dense.cpu().numpy()
             keys = np.flatnonzero(flat)
@@ -305,17 +310,10 @@ class TokenCounts:
         else:
             self._merge()
             keys, values = self._keys, self._values
-        pair, token = np.divmod(keys, self.vocab_size)
-        tokens, column = _compact(token, self.vocab_size)
-        known: dict[str, Any] = {"num_classes": self.plan.num_classes, "num_folds": self.plan.num_folds}
-        if self.per_image:
-            pairs, row = _compact(pair, self.plan.num_images * self.plan.num_classes)
-            known["row_image"], known["row_class"] = np.divmod(pairs, self.plan.num_classes)
-            known["row_fold"] = self.plan.folds[known["row_image"]]
-        else:
-            pairs, row = np.arange(self._rows), pair
-            known["row_fold"], known["row_class"] = np.divmod(pairs, self.plan.num_classes)
-        matrix = sparse.csr_matrix((values.astype(np.float64), (row, column)), shape=(len(pairs), len(tokens)))
+        row, token = np.divmod(keys, self.vocab_size)
+        tokens, column = compact(token, self.vocab_size)
+        known["row_fold"], known["row_class"] = np.divmod(np.arange(self._rows), self.plan.num_classes)
+        matrix = sparse.csr_matrix((values.astype(np.float64), (row, column)), shape=(self._rows, len(tokens)))
         return RowCounts(matrix=matrix, tokens=tokens.astype(np.int64), **known)
 
 
@@ -324,14 +322,3 @@ def narrowest(vocab_size: int) -> torch.dtype:
     if vocab_size <= 1 << 8:
         return torch.uint8
     return torch.int16 if vocab_size <= 1 << 15 else torch.int32 if vocab_size <= 1 << 31 else torch.int64
-
-
-def _compact(values: np.ndarray, size: int) -> tuple[np.ndarray, np.ndarray]:
-    """The distinct values, ascending, and the position of each entry among them; all lie in [0, size)."""
-    if size > 4 * len(values) + 1024:
-        distinct, position = np.unique(values, return_inverse=True)
-        return distinct, position
-    distinct = np.flatnonzero(np.bincount(values, minlength=size))
-    place = np.empty(size, dtype=np.int64)
-    place[distinct] = np.arange(len(distinct))
-    return distinct, place[values]

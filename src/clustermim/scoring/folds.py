@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-from jaxtyping import Int, Int64
+from jaxtyping import Int64, Integer
 from scipy import sparse
 from torch import Tensor
 
@@ -59,8 +59,8 @@ class ImagePlan:
         return len(self.classes)
 
     def spread(
-        self, ids: Int[Tensor, "batch patches"], where: Int64[Tensor, " batch"]
-    ) -> tuple[Int64[Tensor, " m"], Int64[Tensor, " m"], Int64[Tensor, " m"]]:
+        self, ids: Integer[Tensor, "batch patches"], where: Int64[Tensor, " batch"]
+    ) -> tuple[Int64[Tensor, " m"], Int64[Tensor, " m"], Integer[Tensor, " m"]]:
         """What is to be counted of a batch: row in the batch, class and token of each labelled patch.
 
         A patch without label is left out; a patch of an image of several classes is counted in each of them.

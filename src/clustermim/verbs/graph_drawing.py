@@ -9,8 +9,8 @@ from scipy import sparse
 
 from clustermim.scoring.graph import GraphReport, ToyTokens, augmentation_spectrum, toy_model
 
-Drawing: TypeAlias = tuple[Float64[np.ndarray, "n1 n2"], Float64[np.ndarray, "n1 l"] | None]
-"""Weights between visible views and hidden nodes, and class memberships of the visible views."""
+Drawing: TypeAlias = tuple[np.ndarray, np.ndarray | None]
+"""Weights between visible views and hidden nodes, (n1, n2), and class memberships of the visible views, (n1, L)."""
 
 MOST_NODES = 80
 """On either side of a graph that is drawn."""
