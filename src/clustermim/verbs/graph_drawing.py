@@ -85,4 +85,4 @@ def cut_drawings(
 
 def merged(weights: Float64[np.ndarray, "n1 n2"], tokens: Int64[np.ndarray, " n2"]) -> Float64[np.ndarray, "n1 k"]:
     """Hidden views of one token become one node."""
-    return weights @ np.eye(int(tokens.max()) + 1)[tokens]
+    return np.asarray(weights @ np.eye(int(tokens.max()) + 1)[tokens])

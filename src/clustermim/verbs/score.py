@@ -280,7 +280,8 @@ def tcas(
         if len(tokenizer) or data is not None:
             raise InputError("Give either --ids, or --tokenizer with --data; stored ids bring their own labels.")
         stored = open_ids(ids)
-        name, origin, class_names = stored.path.stem, str(ids), stored.classes
+        name, origin = stored.path.stem, str(ids)
+        class_names: Sequence[str] | None = stored.classes
         plan = plan_images(stored.labels, groups=stored.groups, **plan_options)
         counts = count_ids(stored.parts(), plan, stored.vocab_size, per_image=per_image)
         scores, kinds = {name: score_counts(counts, bootstrap=bootstrap, seed=seed)}, {name: "ids"}
