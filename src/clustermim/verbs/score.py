@@ -136,7 +136,7 @@ class TcasResult:
             *(["alignment, plug-in"] if crossfit else []),
             "NMI ↑",
             "perplexity",
-            *([f"P({self.best} is better)"] if self.comparisons and len(self.scores) > 1 else []),
+            *(["P(best is better)"] if self.comparisons and len(self.scores) > 1 else []),
         ):
             table.add_column(title, justify="right", no_wrap=title.startswith("alignment"))
         for name, score in self.scores.items():
