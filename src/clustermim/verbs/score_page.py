@@ -107,7 +107,9 @@ def _score_table(part: Section, scores: Mapping[str, TokenScore], controls: Coll
     muted = [i for i, name in enumerate(scores) if name in controls]
     caption = "All figures but NMI, purity and perplexity are cross-fitted." if end else "All figures are plug-in."
     rows = [{"tokenizer": name} | score.to_dict() for name, score in scores.items()]
-    part.table(columns, rows, caption=f"{caption} Small: 95 % intervals. Grey: controls.", muted=muted)
+    # A figure biased by few images, as the cosine reading is, may lie outside its own interval: that must be said.
+    notes = "Small: 95 % intervals, freed of the bias that resampling shows; a figure outside its own is biased so far."
+    part.table(columns, rows, caption=f"{caption} {notes} Grey: controls.", muted=muted)
 
 
 def _comparisons(
