@@ -9,7 +9,6 @@ from typing import Any
 
 import pytest
 import torch
-from forking import in_group, in_process
 
 import clustermim.tokenizers.kmeans as kmeans
 import clustermim.tokenizers.streams as streams
@@ -18,6 +17,7 @@ from clustermim.features.moments import Spread
 from clustermim.tokenizers.kmeans import KMeansResult, fit_kmeans
 from clustermim.training.checkpoints import Checkpoints
 from clustermim.training.launch import StopRequest
+from forking import in_group, in_process
 
 N, K, HOW = 3001, 9, {"seed": 1, "sample_size": 900, "tol": 0.0, "max_passes": 10}
 

@@ -120,7 +120,7 @@ class TcasResult:
         table = Table(
             title=f"Tokens against {some.num_classes} classes of {some.images:,} images of {self.data} ({how})",
             caption="TCAS has three readings here: walk, rows (grows with K) and cosine. Plug-in flatters large "
-            "vocabularies. [..]: 95 % interval, freed of the bias that resampling shows; a figure outside it is biased.",
+            "vocabularies. [..]: 95 % interval, freed of bias that resampling shows; a figure outside it is biased.",
             title_justify="left",
             caption_justify="left",
         )
