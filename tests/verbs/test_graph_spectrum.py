@@ -102,9 +102,9 @@ def test_a_toy_that_is_none_is_told(fails, line, told):
 def test_a_few_images_of_different_classes_are_drawn(tokenizers):
     result = graph([tokenizers["pixel"], tokenizers["oracle"]], options=FEW, masks=2)
     plain, pixel, oracle = result.drawings.values()
-    assert plain[0].shape[0] == 8 and plain[0].shape[1] > pixel[0].shape[1] >= oracle[0].shape[1] == 4
+    assert plain[0].shape[0] == 6 and plain[0].shape[1] > pixel[0].shape[1] >= oracle[0].shape[1] == 3
     for weights, members in result.drawings.values():
-        assert weights.sum(axis=1) == pytest.approx(np.ones(8)) and (members.sum(axis=0) > 0).sum() == 4
+        assert weights.sum(axis=1) == pytest.approx(np.ones(6)) and (members.sum(axis=0) > 0).sum() == 3
     assert result.html().count("<svg") == 2
     large = graph(patch_size=1, options=FEW, masks=2)
     assert not large.drawings and large.html().count("<svg") == 1

@@ -1,6 +1,6 @@
 """Figures of token scores and of the augmentation graph: confused classes, learning curves, spectra, small graphs."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 
 import matplotlib
 import numpy as np
@@ -91,7 +91,7 @@ def learning_chart(
         axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
         axes.set_xlabel("labelled images")
         axes.set_ylabel(y_label)
-        figure.legend(loc="outside upper left", ncols=2)
+        figure.legend(loc="outside upper left", ncols=_columns(curves))
         return figure
 
 
@@ -115,8 +115,13 @@ def spectrum_chart(spectra: Mapping[str, Sequence[float]]) -> Figure:
         axes.xaxis.set_major_locator(MaxNLocator(8, integer=True))
         axes.set_xlabel("number of the eigenvalue")
         axes.set_ylabel("eigenvalue λ")
-        figure.legend(loc="outside upper left", ncols=2)
+        figure.legend(loc="outside upper left", ncols=_columns(spectra))
         return figure
+
+
+def _columns(names: Collection[str]) -> int:
+    """Three columns of a legend where three names are short enough."""
+    return 3 if len(names) == 3 and sum(map(len, names)) < 40 else 2
 
 
 def graph_chart(
@@ -124,8 +129,8 @@ def graph_chart(
 ) -> Figure:
     """Small augmentation graphs side by side: visible views (circles) left, hidden nodes (squares) right.
 
-    A node has the colour of its class; one of several classes is grey. A hidden node is the larger the more weight it
-    has, so tokens, which merge hidden views, stand out; lines are the darker the more weight they carry.
+    A node has the colour of its commonest class, the greyer the more it mixes. A hidden node is the larger the more
+    weight it has, so tokens, which merge hidden views, stand out; lines are the darker the more weight they carry.
 
     Parameters
     ----------
@@ -138,12 +143,15 @@ def graph_chart(
         figure = _blank(40 + 150 * len(graphs), height)
         panels = np.atleast_1d(figure.subplots(1, len(graphs)))
         for axes, (name, (weights, members)) in zip(panels, graphs.items(), strict=True):
-            _draw_graph(axes, weights, np.ones((len(weights), 1)) if members is None else members)
+            shown = np.ones((len(weights), 2)) if members is None else members
+            _draw_graph(axes, weights, shown, height - 60)
             axes.set_title(name, loc="center")
         return figure
 
 
-def _draw_graph(axes: Axes, weights: Float[np.ndarray, "n1 n2"], members: Float[np.ndarray, "n1 l"]) -> None:
+def _draw_graph(
+    axes: Axes, weights: Float[np.ndarray, "n1 n2"], members: Float[np.ndarray, "n1 l"], height: float
+) -> None:
     visible, hidden = weights.shape
     left = np.linspace(0, 1, visible) if visible > 1 else np.array([0.5])
     # Hidden nodes stand in the order of the mean height of their neighbours, which crosses the fewest lines.
@@ -156,12 +164,11 @@ def _draw_graph(axes: Axes, weights: Float[np.ndarray, "n1 n2"], members: Float[
         axes.plot(
             [0, 1], [left[a], right[b]], color=light("muted"), alpha=0.12 + 0.5 * weights[a, b] / top, linewidth=0.9
         )
-    small, large = np.clip(1200 / max(visible, hidden), 14, 60), np.clip(3600 / hidden, 14, 180)
-    own = _class_colours(members)
-    theirs = _class_colours(weights.T @ members)
-    axes.scatter(np.zeros(visible), left, s=small, c=own, zorder=3, linewidths=0)
-    sizes = np.maximum(12, large * mass / mass.max())
-    axes.scatter(np.ones(hidden), right, s=sizes, c=theirs, marker="s", zorder=3, linewidths=0)
+    # No node may touch the next: sides in points, at most three quarters of the way between two.
+    gap = 0.75 * height / max(visible, hidden)
+    _draw_nodes(axes, 0.0, left, np.full(visible, min(gap, 7.0) ** 2), members, "o")
+    sides = np.clip(0.75 * height / hidden, 3.0, 14.0) * np.sqrt(mass / mass.max())
+    _draw_nodes(axes, 1.0, right, np.maximum(sides, 3.0) ** 2, weights.T @ members, "s")
     axes.set_xlim(-0.2, 1.2)
     axes.set_ylim(1.06, -0.06)
     axes.set_xticks([0, 1], ["visible", "hidden"])
@@ -172,11 +179,14 @@ def _draw_graph(axes: Axes, weights: Float[np.ndarray, "n1 n2"], members: Float[
         spine.set_visible(False)
 
 
-def _class_colours(shares: Float[np.ndarray, "n l"]) -> list[str]:
-    """The colour of the class that holds all of a node, grey for a node of several."""
-    shares = shares / shares.sum(axis=1, keepdims=True)
-    pure = shares.max(axis=1) > 1 - 1e-9
-    return [
-        light(SERIES[int(c) % len(SERIES)]) if one else light("muted")
-        for c, one in zip(shares.argmax(axis=1), pure, strict=True)
-    ]
+def _draw_nodes(
+    axes: Axes, x: float, y: Float[np.ndarray, " n"], area: Float[np.ndarray, " n"], members: np.ndarray, marker: str
+) -> None:
+    """Grey nodes under the colour of the commonest class, the stronger the larger its share beyond an even one."""
+    shares = members / members.sum(axis=1, keepdims=True)
+    even = 1.0 / max(2, np.count_nonzero(shares.sum(axis=0)))
+    strength = np.clip((shares.max(axis=1) - even) / (1 - even), 0.0, 1.0)
+    colours = [light(SERIES[int(c) % len(SERIES)]) for c in shares.argmax(axis=1)]
+    where = np.full(len(y), x)
+    axes.scatter(where, y, s=area, c=light("muted"), marker=marker, zorder=3, linewidths=0)
+    axes.scatter(where, y, s=area, c=colours, alpha=strength, marker=marker, zorder=4, linewidths=0)

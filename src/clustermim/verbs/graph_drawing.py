@@ -14,7 +14,7 @@ Drawing: TypeAlias = tuple[np.ndarray, np.ndarray | None]
 
 MOST_NODES = 80
 """On either side of a graph that is drawn."""
-IMAGES = 4
+IMAGES = 3
 
 
 def toy_graphs(views: int, shared: int) -> tuple[dict[str, GraphReport], dict[str, Drawing]]:

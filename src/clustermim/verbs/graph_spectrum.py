@@ -77,7 +77,7 @@ class GraphResult:
                 graph_chart(self.drawings),
                 description="Visible views and hidden nodes of each graph, joined by lines",
                 caption="Circles: visible views. Squares: hidden views, merged where they have one token. Colours: "
-                "classes; grey: of several."
+                "classes; the greyer, the more a node mixes them."
                 + ("" if self.data.startswith(TOY) else f" Of the graph, the views of {IMAGES} images."),
             )
         part = page.section("Spectrum")
