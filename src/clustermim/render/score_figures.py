@@ -138,7 +138,7 @@ def graph_chart(
         Name -> (weights (n1, n2) ≥ 0, class memberships of the visible views (n1, L) or None).
     """
     sides = [max(weights.shape) for weights, _ in graphs.values()]
-    height = 60 + float(np.clip(13 * max(sides), 130, 460))
+    height = 60.0 + min(max(13 * max(sides), 130), 460)
     with matplotlib.rc_context(_STYLE):
         figure = _blank(40 + 150 * len(graphs), height)
         panels = np.atleast_1d(figure.subplots(1, len(graphs)))
@@ -165,7 +165,7 @@ def _draw_graph(
             [0, 1], [left[a], right[b]], color=light("muted"), alpha=0.12 + 0.5 * weights[a, b] / top, linewidth=0.9
         )
     # No node may touch the next: sides in points, at most three quarters of the way between two.
-    gap = 0.75 * height / max(visible, hidden)
+    gap = float(0.75 * height / max(visible, hidden))
     _draw_nodes(axes, 0.0, left, np.full(visible, min(gap, 7.0) ** 2), members, "o")
     sides = np.clip(0.75 * height / hidden, 3.0, 14.0) * np.sqrt(mass / mass.max())
     _draw_nodes(axes, 1.0, right, np.maximum(sides, 3.0) ** 2, weights.T @ members, "s")
@@ -184,7 +184,7 @@ def _draw_nodes(
 ) -> None:
     """Grey nodes under the colour of the commonest class, the stronger the larger its share beyond an even one."""
     shares = members / members.sum(axis=1, keepdims=True)
-    even = 1.0 / max(2, np.count_nonzero(shares.sum(axis=0)))
+    even = 1.0 / max(2, int(np.count_nonzero(shares.sum(axis=0))))
     strength = np.clip((shares.max(axis=1) - even) / (1 - even), 0.0, 1.0)
     colours = [light(SERIES[int(c) % len(SERIES)]) for c in shares.argmax(axis=1)]
     where = np.full(len(y), x)
