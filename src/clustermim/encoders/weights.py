@@ -1,6 +1,7 @@
-"""Weights from a file: read without running anything that is in it, and loaded only where every tensor fits."""
+"""Weights: read from a file without running anything in it, loaded only where every tensor fits, and told apart."""
 
 import argparse
+import hashlib
 import json
 import pickle
 import zipfile
@@ -141,3 +142,12 @@ def load_exactly(model: nn.Module, state: Mapping[str, Tensor], where: str, what
 def shape(tensor: Tensor) -> str:
     """For example `(3, 16, 16)`."""
     return str(tuple(tensor.shape))
+
+
+def fingerprint_of(settings: Mapping[str, Any], state: Mapping[str, Tensor]) -> str:
+    """16 hex digits of settings (JSON-able) and of every tensor: its name, shape, type and bits."""
+    digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode())
+    for name, value in sorted(state.items()):
+        digest.update(f"{name}{tuple(value.shape)}{value.dtype}".encode())
+        digest.update(value.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()[:16]

@@ -4,7 +4,6 @@ A new kind is one file with a `Tokenizer` subclass and one line in `KINDS`.
 """
 
 import copy
-import hashlib
 import importlib
 import json
 from abc import abstractmethod
@@ -26,6 +25,7 @@ from torch import Tensor, nn
 
 from clustermim.data.options import DataOptions
 from clustermim.data.views import ViewConfig
+from clustermim.encoders.weights import fingerprint_of
 from clustermim.errors import InputError, nearest
 from clustermim.features.patches import PatchFeatures, check_divides, rebuild_features
 from clustermim.runs import atomic_save, atomic_write
@@ -263,11 +263,7 @@ class Tokenizer(
     def fingerprint(self) -> str:
         """16 hex digits of everything a token depends on: kind, sizes, features, centroids and weights."""
         essence = {key: value for key, value in self.config.items() if key != _MADE_BY}
-        digest = hashlib.sha256(json.dumps(essence, sort_keys=True).encode())
-        for name, value in sorted(self.state_dict().items()):
-            digest.update(f"{name}{tuple(value.shape)}{value.dtype}".encode())
-            digest.update(value.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
-        return digest.hexdigest()[:16]
+        return fingerprint_of(essence, self.state_dict())
 
     def train(self: Module, mode: bool = True) -> Module:
         """Stays in evaluation mode, whatever module it is part of."""

@@ -10,6 +10,7 @@ from rich.console import Console
 from clustermim.data.masks import hidden_count
 from clustermim.data.options import DEFAULTS, DataOptions
 from clustermim.data.sources import open_source, require_labels
+from clustermim.encoders.weights import fingerprint_of
 from clustermim.errors import InputError
 from clustermim.mim.building import EncoderKind, build_model
 from clustermim.mim.estimate import estimate
@@ -31,7 +32,6 @@ from clustermim.verbs.pretrain_run import (
 from clustermim.verbs.pretrain_targets import (
     TokenWeights,
     check_target_options,
-    features_fingerprint,
     target_features,
     weigh_by_frequency,
 )
@@ -322,7 +322,9 @@ def pretrain(
         "tokenizer": str(tokenizer) if isinstance(tokenizer, str | Path) else None,
         "tokenizer_fingerprint": None if tokens is None else tokens.fingerprint(),
         "norm_pix": norm_pix if target == "pixel" else None,
-        "features_fingerprint": None if described is None else features_fingerprint(described),
+        "features_fingerprint": None
+        if described is None
+        else fingerprint_of(described.config(), described.state_dict()),
         "architecture": {"encoder": encoder, "decoder": decoder if encoder == "visible" else None},
         "ema": ema,
     }

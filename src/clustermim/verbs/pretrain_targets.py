@@ -1,11 +1,8 @@
 """What `clustermim pretrain` shall predict: which options belong to which target, and what has to be made for it."""
 
-import hashlib
-import json
 from collections.abc import Mapping
 from typing import Any, Literal
 
-import torch
 from lightning_fabric import Fabric
 
 from clustermim.data.loaders import make_loader
@@ -70,12 +67,3 @@ def weigh_by_frequency(
     loader = make_loader(source, source.view, batch_size=batch_size, train=False, device=fabric.device, workers=workers)
     counts = count_tokens(target.tokenizer.to(fabric.device), loader)
     target.weights = inverse_sqrt_weights(counts).to(fabric.device)
-
-
-def features_fingerprint(features: PatchFeatures) -> str:
-    """16 hex digits of everything a description depends on: what it is, and its weights."""
-    digest = hashlib.sha256(json.dumps(features.config(), sort_keys=True).encode())
-    for name, value in sorted(features.state_dict().items()):
-        digest.update(name.encode())
-        digest.update(value.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()[:16]
