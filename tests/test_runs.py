@@ -3,7 +3,6 @@ import os
 import socket
 import subprocess
 import sys
-import threading
 import time
 from pathlib import Path
 
@@ -130,30 +129,6 @@ def test_another_hosts_lock_counts_while_it_beats(tmp_path: Path, age: float, he
     else:
         with RunDirectory(tmp_path, "pretrain", CONFIG):
             pass
-
-
-def test_only_one_of_many_takes_over_a_dead_lock(tmp_path: Path) -> None:
-    from clustermim.runs import _Lease
-
-    path = tmp_path / "lock"
-    path.write_text(json.dumps({"host": socket.gethostname(), "pid": 2**22 + 1, "start": "1"}))
-    won: list[_Lease] = []
-
-    def contend() -> None:
-        lease = _Lease(path)
-        try:
-            lease.acquire()
-        except InputError:
-            return
-        won.append(lease)
-
-    threads = [threading.Thread(target=contend) for _ in range(8)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert len(won) == 1
-    won[0].release()
 
 
 def test_metrics_survive_a_torn_line_and_truncate(tmp_path: Path) -> None:

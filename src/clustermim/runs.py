@@ -9,11 +9,8 @@ import json
 import os
 import platform
 import shutil
-import socket
 import subprocess
 import tempfile
-import threading
-import time
 from collections.abc import Callable, Collection, Iterator, Mapping
 from datetime import UTC, datetime
 from importlib import metadata
@@ -24,11 +21,8 @@ from typing import Any
 import yaml
 
 from clustermim.errors import InputError, ResourceError
+from clustermim.lease import Lease
 
-LEASE_SECONDS = 120.0
-"""A lock of another host whose heartbeat is older than this counts as abandoned."""
-
-_HEARTBEAT_SECONDS = 20.0
 _OURS = frozenset({"config.yaml", "manifest.json", "metrics.jsonl", "lock"})
 _PACKAGES = ("torch", "torchvision", "timm", "lightning-fabric", "numpy", "scikit-learn", "safetensors")
 
@@ -193,7 +187,7 @@ class RunDirectory:
         self.finished = False
         self.resuming = False
         self._manifest: dict[str, Any] = {}
-        self._lock: _Lease | None = None
+        self._lock: Lease | None = None
 
     def __enter__(self) -> "RunDirectory":
         """Check the directory, take its lock, write `config.yaml` and a first manifest."""
@@ -204,7 +198,7 @@ class RunDirectory:
             raise InputError(
                 f"--out {self.path} cannot be made: {error.strerror or error}. Choose a folder you can write to."
             ) from None
-        self._lock = _Lease(self.path / "lock")
+        self._lock = Lease(self.path / "lock")
         self._lock.acquire()
         try:
             self._open()
@@ -287,6 +281,8 @@ class RunDirectory:
 
     def append_metrics(self, row: Mapping[str, Any]) -> None:
         """Add one row to `metrics.jsonl`. A line is written by one call, so a kill tears at most the last one."""
+        if self._lock is not None:
+            self._lock.confirm()
         line = json.dumps(_plain(dict(row))) + "\n"
         try:
             with (self.path / "metrics.jsonl").open("a") as file:
@@ -342,97 +338,3 @@ def _plain(value: Any) -> Any:
     if hasattr(value, "tolist"):
         return _plain(value.tolist())
     return str(value)
-
-
-class _Lease:
-    """A lock file that says who holds it and beats while held; an abandoned one is taken over."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self._stop = threading.Event()
-        self._thread: threading.Thread | None = None
-
-    def acquire(self) -> None:
-        """Take the lock or raise InputError naming the holder."""
-        for _ in range(3):
-            if self._create():
-                self._thread = threading.Thread(target=self._beat, daemon=True)
-                self._thread.start()
-                return
-            holder = self._holder()
-            if holder is not None and self._alive(holder):
-                raise InputError(
-                    f"{self.path.parent} is in use by process {holder.get('pid')} on {holder.get('host')}. "
-                    "Wait for it to end, or choose another --out."
-                )
-            self._take_away(holder)
-        raise InputError(f"{self.path.parent} is in use: its lock is taken by others again and again. Try later.")
-
-    def release(self) -> None:
-        """Give the lock back, if it is still ours."""
-        self._stop.set()
-        if self._thread is not None:
-            self._thread.join(timeout=1.0)
-            self._thread = None
-            holder = self._holder()
-            if holder is not None and (holder.get("pid"), holder.get("host")) == (os.getpid(), socket.gethostname()):
-                self.path.unlink(missing_ok=True)
-
-    def _create(self) -> bool:
-        """Link a complete lock file into place: a link fails where one exists, and is never seen half-written."""
-        handle, name = tempfile.mkstemp(dir=self.path.parent, prefix=".partial-lock-")
-        with os.fdopen(handle, "w") as file:
-            json.dump({"host": socket.gethostname(), "pid": os.getpid(), "start": _process_start(os.getpid())}, file)
-        try:
-            os.link(name, self.path)
-        except FileExistsError:
-            return False
-        else:
-            return True
-        finally:
-            Path(name).unlink(missing_ok=True)
-
-    def _take_away(self, dead: dict[str, Any] | None) -> None:
-        """Rename the dead lock first: of two that find it dead, only one succeeds in moving it."""
-        grave = self.path.with_name(f".partial-dead-{os.getpid()}-{time.monotonic_ns()}")
-        with contextlib.suppress(FileNotFoundError, FileExistsError):
-            self.path.rename(grave)
-            if self._holder(grave) != dead:  # somebody took it over between our look and our rename: give it back
-                os.link(grave, self.path)
-            grave.unlink(missing_ok=True)
-
-    def _holder(self, path: Path | None = None) -> dict[str, Any] | None:
-        try:
-            holder = json.loads((path or self.path).read_text())
-        except (OSError, ValueError):
-            return None
-        return holder if isinstance(holder, dict) else None
-
-    def _alive(self, holder: dict[str, Any]) -> bool:
-        if holder.get("host") == socket.gethostname():
-            pid = int(holder.get("pid", -1))
-            try:
-                os.kill(pid, 0)
-            except ProcessLookupError:
-                return False
-            except PermissionError:
-                return True
-            # A number that came round again belongs to another process, which started at another time.
-            return holder.get("start") is None or holder["start"] == _process_start(pid)
-        try:
-            return time.time() - self.path.stat().st_mtime < LEASE_SECONDS
-        except OSError:
-            return False
-
-    def _beat(self) -> None:
-        while not self._stop.wait(_HEARTBEAT_SECONDS):
-            with contextlib.suppress(OSError):
-                os.utime(self.path)
-
-
-def _process_start(pid: int) -> str | None:
-    """When a local process started, in clock ticks since boot; None where the system does not tell."""
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[19]
-    except (OSError, IndexError):
-        return None
