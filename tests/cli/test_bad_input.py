@@ -161,7 +161,7 @@ def test_a_finished_run(fails: Invoke, works: Invoke, tmp_path: Path) -> None:
 
 
 def test_a_run_in_use(fails: Invoke, tmp_path: Path) -> None:
-    from clustermim.runs import _process_start
+    from clustermim.lease import _process_start
 
     out = tmp_path / "run"
     out.mkdir()
@@ -203,6 +203,8 @@ def test_a_token_target_without_a_tokenizer(fails: Invoke, tmp_path: Path) -> No
     [
         (("--probes", 2), "two levels only"),
         (("--levels", 2, "--probes", 9), "has 5 cells"),
+        (("--levels", 2, "--n-init", 3, "--max-passes", 5), "--n-init, --max-passes: K-means on two levels"),
+        (("--levels", 2, "--tol", 0.1), "--tol: K-means on two levels"),
         (("--levels", 2, "--kind", "random"), "one level"),
         (("--levels", 3), "levels"),
     ],

@@ -15,7 +15,8 @@ import clustermim.tokenizers.streams as streams
 from clustermim.data.counted import Stream, counter_hash
 from clustermim.errors import InputError
 from clustermim.tokenizers.kmeans import KMeansResult, fit_kmeans
-from clustermim.tokenizers.lloyd import add_up, lloyd_steps, nearest_to
+from clustermim.tokenizers.lloyd import add_up, lloyd_steps
+from clustermim.tokenizers.nearest import nearest_to
 from clustermim.tokenizers.sampling import draw_sample
 
 Blocks = Callable[[], Iterable[torch.Tensor]]

@@ -17,8 +17,8 @@ from clustermim.features.moments import Spread
 from clustermim.features.patches import PatchFeatures, make_features
 from clustermim.runs import environment_facts
 from clustermim.tokenizers.codebook import Codebook
-from clustermim.tokenizers.kmeans import KMeansResult, fit_kmeans
-from clustermim.tokenizers.lloyd import FitMetric
+from clustermim.tokenizers.kmeans import MAX_PASSES, TOL, KMeansResult, fit_kmeans
+from clustermim.tokenizers.nearest import FitMetric
 from clustermim.tokenizers.progress import PassProgress
 from clustermim.tokenizers.signatures import note_signatures
 from clustermim.tokenizers.streams import Blocks
@@ -40,8 +40,8 @@ def fit(
     metric: FitMetric = "l2",
     seed: int = 0,
     n_init: int | None = None,
-    max_passes: int = 20,
-    tol: float = 2e-3,
+    max_passes: int = MAX_PASSES,
+    tol: float = TOL,
     levels: int | None = None,
     probes: int | None = None,
     batch_size: int = 256,
@@ -69,7 +69,7 @@ def fit(
     kind
         A name in `clustermim.tokenizers.tokenizer.KINDS`.
     metric, seed, n_init, max_passes, tol
-        As for `fit_kmeans`; on two levels `n_init`, `max_passes` and `tol` are not used.
+        As for `fit_kmeans`; two levels have one start and a fixed number of passes, so there the last three are errors.
     levels
         1 searches all centroids for a patch, 2 those of the nearest cells (`fit_two_levels`); None takes 2 from
         `TWO_LEVELS_FROM` on. The config says which it was.
@@ -116,6 +116,8 @@ def fit(
     if levels is None:
         levels = 2 if kind == "kmeans" and k >= TWO_LEVELS_FROM else 1
     check_levels(kind, k, levels, probes)
+    if levels == 2:
+        _refuse_one_level_options(n_init=(n_init, None), max_passes=(max_passes, MAX_PASSES), tol=(tol, TOL))
     grid = (view.image_size[0] // patch_size, view.image_size[1] // patch_size)
     config: dict[str, Any] = {
         "kind": kind,
@@ -218,6 +220,16 @@ def fit(
     if kind == "kmeans":  # the controls are what they are
         note_signatures(tokenizer, source, batch_size=batch_size, device=device, workers=workers)
     return tokenizer
+
+
+def _refuse_one_level_options(**given: tuple[Any, Any]) -> None:
+    """Options that two levels would ignore, each with its default."""
+    unfit = ", ".join(f"--{key.replace('_', '-')}" for key, (value, default) in given.items() if value != default)
+    if unfit:
+        raise InputError(
+            f"{unfit}: K-means on two levels makes one start and a fixed number of passes. "
+            "Leave it out, or use --levels 1."
+        )
 
 
 def _of_result(result: KMeansResult | TwoLevelResult) -> dict[str, Any]:

@@ -4,7 +4,8 @@ The way (Lloyd 1982; Arthur and Vassilvitskii, "k-means++", SODA 2007, with the 
 
 1. One pass takes a seeded random sample, counts the rows and looks for bad values (`sampling.py`).
 2. k-means++ (`seeding.py`) and a few Lloyd steps on a small part of the sample, from several starts; the best goes on.
-3. Lloyd steps (`lloyd.py`) on parts of the sample that grow fourfold: most of the way is made where a step is cheap.
+3. Lloyd steps (`lloyd.py`) on parts of the sample that grow fourfold: most of the way is made where a step is cheap,
+   the cheaper as rows are compared with the centroids around them only (`neighbourhoods.py`).
 4. Full passes over all rows, with exact sums, until the inertia hardly falls.
 
 Rows are cut into blocks by their position in the whole data and sums are kept in float64 (or in wide fixed point where
@@ -18,7 +19,9 @@ import torch
 from torch import Tensor
 
 from clustermim.errors import InputError
-from clustermim.tokenizers.lloyd import FitMetric, Step, lloyd_steps
+from clustermim.tokenizers.lloyd import Step, lloyd_steps
+from clustermim.tokenizers.nearest import FitMetric
+from clustermim.tokenizers.neighbourhoods import Neighbourhoods
 from clustermim.tokenizers.processes import Processes
 from clustermim.tokenizers.progress import PassProgress
 from clustermim.tokenizers.sampling import Sample, draw_sample
@@ -27,6 +30,11 @@ from clustermim.tokenizers.state import FitState
 from clustermim.tokenizers.streams import Blocks, RowsInMemory, RowStream
 from clustermim.training.checkpoints import Checkpoints
 from clustermim.training.launch import StopRequest
+
+MAX_PASSES = 20
+"""Full passes at most, unless told otherwise."""
+TOL = 5e-3
+"""Share of the inertia; a full pass that lowers it by less is the last, unless told otherwise."""
 
 _START_ROWS = 1 << 14  # at least, to compare starts on
 _LEVEL_STEPS = 60  # at most, on each part of the sample
@@ -73,8 +81,8 @@ def fit_kmeans(
     metric: FitMetric = "l2",
     seed: int = 0,
     n_init: int | None = None,
-    max_passes: int = 20,
-    tol: float = 2e-3,
+    max_passes: int = MAX_PASSES,
+    tol: float = TOL,
     sample_size: int | None = None,
     progress: bool = False,
     first_row: int = 0,
@@ -193,10 +201,9 @@ def _fit_sample(sample: Sample, k: int, metric: FitMetric, seed: int, n_init: in
         state.keep("sample", best[1], rows=rows)
     while state.rows < len(sample):
         rows = min(4 * state.rows, len(sample))
-        tol = _level_tol(k, rows)
-        _, centroids = lloyd_steps(
-            sample.prefix(rows), state.centroids, metric, _LEVEL_STEPS, tol, state.history, "sample"
-        )
+        part, tol = sample.prefix(rows), _level_tol(k, rows)
+        near = Neighbourhoods(part.rows) if Neighbourhoods.pay(part, k) else None
+        _, centroids = lloyd_steps(part, state.centroids, metric, _LEVEL_STEPS, tol, state.history, "sample", near=near)
         state.keep("sample", centroids, rows=rows)
     state.keep("full", state.centroids)
 

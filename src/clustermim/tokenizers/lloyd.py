@@ -6,24 +6,21 @@ the next step is a plain one.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
-from typing import Any, Literal
+from typing import Any
 
 import torch
-from jaxtyping import Float, Int64
 from torch import Tensor
 
 from clustermim.errors import InputError
-from clustermim.tokenizers.assigning import Assigner
+from clustermim.tokenizers.nearest import FitMetric, nearest_to
+from clustermim.tokenizers.neighbourhoods import Neighbourhoods
 from clustermim.tokenizers.streams import RowsInMemory, RowStream
 
-FitMetric = Literal["l2", "cosine"]
 Step = dict[str, float | int | str]
 
 _PACES = (1.0, 1.25, 1.5, 1.7)
-_SCORES = 1 << 19  # alive at once: what a core's cache holds
-_GROUPED_FROM = 512  # from so many centroids on, a maximum in two steps pays
 
 
 @dataclass(frozen=True)
@@ -56,60 +53,25 @@ class Progress:
         return asdict(self)
 
 
-def nearest_to(
-    centroids: Float[Tensor, "k d"], metric: FitMetric, around: Float[Tensor, " d"]
-) -> Callable[[Tensor], Tensor]:
-    """The search for the nearest centroid while fitting: one product and a maximum, in the precision of the rows.
-
-    Fitting needs no exact ids as tokenizing does: rows that rounding puts on the wrong side of a border lie on it. On a
-    CPU and raw pixels that saves more than half of a pass. Elsewhere `Assigner` is as fast. `around` is where the rows
-    are: taken as the origin, it keeps their products small, and with them the digits that tell near centroids apart.
-    """
-    if centroids.device.type != "cpu":
-        return Assigner(centroids, metric)
-    k = len(centroids)
-    shift = around if metric == "l2" else torch.zeros_like(around)
-    c = centroids - shift
-    bias = c.square().sum(1).mul(-0.5) if metric == "l2" else c.new_zeros(k)
-    group = 1 << round(math.log2(k) / 2) if k >= _GROUPED_FROM else 0
-    if group:  # groups of neighbours lie at a fixed stride, so that their maximum vectorises
-        missing = -k % group
-        c = torch.cat([c, c.new_zeros(missing, c.shape[1])]).view(-1, group, c.shape[1]).transpose(0, 1).flatten(0, 1)
-        bias = torch.cat([bias, bias.new_full((missing,), -math.inf)]).view(-1, group).t().flatten()
-    columns = c.t().contiguous()
-    step = max(_SCORES // k, 128)
-    room = c.new_empty(step, columns.shape[1])  # one for all parts: fresh memory costs as much as the maximum
-    places = torch.arange(step)
-
-    def assign(rows: Float[Tensor, "n d"]) -> Int64[Tensor, " n"]:
-        ids = torch.empty(len(rows), dtype=torch.int64)
-        for start in range(0, len(rows), step):
-            part = rows[start : start + step] - shift
-            scores = torch.addmm(bias, part, columns, out=room[: len(part)])
-            found = ids[start : start + step]
-            if not group:
-                found.copy_(scores.max(1).indices)
-                continue
-            spread = scores.view(len(part), group, -1)
-            best = spread.amax(1).max(1).indices
-            inside = spread[places[: len(part)], :, best].max(1).indices
-            torch.add(inside, best, alpha=group, out=found)
-        return ids
-
-    return assign
-
-
 def add_up(
-    data: RowStream | RowsInMemory, centroids: Tensor, metric: FitMetric, worst: int, *, exact_order: bool
+    data: RowStream | RowsInMemory,
+    centroids: Tensor,
+    metric: FitMetric,
+    worst: int,
+    *,
+    exact_order: bool,
+    near: Neighbourhoods | None = None,
 ) -> Sums:
     """Assign every row once and add up the clusters; keep the `worst` rows of largest error if asked.
+
+    `near`, made of the same rows, assigns them instead of a search among all centroids.
 
     `exact_order`: float64 sums in the order of the rows, for a CPU. Elsewhere adds are atomic and come in any order,
     so they are made in integers, where order does not matter: each value is rounded to a multiple of 1/scale, far
     below float32's own step.
     """
     k, dim = centroids.shape
-    assign: Callable[[Tensor], Tensor] | None = None
+    assigned = _assigned(data, centroids, metric) if near is None else near.assigned(centroids, metric)
     counts = torch.zeros(k, dtype=torch.int64)
     sums = torch.zeros(k, dim, dtype=torch.float64 if exact_order else torch.int64, device=centroids.device)
     assert data.num_rows is not None
@@ -117,9 +79,7 @@ def add_up(
     far = centroids.new_empty(0, dim)
     far_error = centroids.new_empty(0)
     rows = 0
-    for block in data():
-        assign = assign or nearest_to(centroids, metric, block.mean(0))
-        ids = assign(block)
+    for block, ids in assigned:
         counts += torch.bincount(ids, minlength=k).cpu()
         sums.index_add_(0, ids, block.double() if exact_order else (block * scale).round().long())
         rows += len(block)
@@ -137,6 +97,14 @@ def add_up(
     c = centroids.cpu().double()
     inertia = data.square_sum - 2.0 * float((c * exact).sum()) + float((c.square().sum(1) * counts).sum())
     return Sums(exact, counts, max(inertia, 0.0), far)
+
+
+def _assigned(data: RowStream | RowsInMemory, centroids: Tensor, metric: FitMetric) -> Iterator[tuple[Tensor, Tensor]]:
+    """Each block with the nearest centroids of its rows."""
+    search: Callable[[Tensor], Tensor] | None = None
+    for block in data():
+        search = search or nearest_to(centroids, metric, block.mean(0))
+        yield block, search(block)
 
 
 def _farthest(rows: Tensor, error: Tensor, most: int) -> tuple[Tensor, Tensor]:
@@ -190,6 +158,7 @@ def lloyd_steps(
     stage: str,
     *,
     progress: Progress | None = None,
+    near: Neighbourhoods | None = None,
     after: Callable[[Tensor, Progress], None] = lambda centroids, progress: None,
 ) -> tuple[Sums, Tensor]:
     """Lloyd steps until the inertia falls by less than `tol` of itself; the centroids are those that were measured.
@@ -212,12 +181,14 @@ def lloyd_steps(
         For the rows of the history.
     progress
         Where to go on.
+    near
+        Made of the rows of `data`: from the second step on, rows are compared with centroids near by alone.
     after
         Called after every step but the last with what a checkpoint has to hold.
     """
     now = progress or Progress()
     while True:
-        found = add_up(data, centroids, metric, now.worst, exact_order=centroids.device.type == "cpu")
+        found = add_up(data, centroids, metric, now.worst, exact_order=centroids.device.type == "cpu", near=near)
         empty = len(found.empty)
         mean = found.inertia / max(data.num_rows or 0, 1)
         history.append({"stage": stage, "rows": data.num_rows or 0, "inertia": mean, "empty": empty})

@@ -96,7 +96,7 @@ class RowsInMemory:
 
     def __init__(self, rows: Tensor, processes: Processes | None = None) -> None:
         self.processes = Processes() if processes is None else processes
-        self._rows = rows
+        self.rows = rows
         self.local_rows: int | None = len(rows)
         self.num_rows: int | None = sum(self.processes.sizes(len(rows)))
         self.largest = self.processes.largest(float(rows.abs().max()) if len(rows) else 0.0)
@@ -105,8 +105,8 @@ class RowsInMemory:
 
     def __call__(self) -> Iterator[Tensor]:
         """One pass."""
-        if len(self._rows):
-            yield from torch.split(self._rows, BLOCK)
+        if len(self.rows):
+            yield from torch.split(self.rows, BLOCK)
 
 
 def square_sum(block: Tensor) -> float:

@@ -28,7 +28,7 @@ from clustermim.errors import InputError, Stopped
 from clustermim.tokenizers.assigning import Assigner
 from clustermim.tokenizers.codebook import unit_rows
 from clustermim.tokenizers.kmeans import fit_kmeans
-from clustermim.tokenizers.lloyd import FitMetric
+from clustermim.tokenizers.nearest import FitMetric
 from clustermim.tokenizers.progress import PassProgress
 from clustermim.tokenizers.streams import Blocks
 from clustermim.tokenizers.twolevel import DEFAULT_PROBES, TwoLevelCodebook

@@ -21,6 +21,7 @@ from clustermim.errors import InputError
 from clustermim.features.patches import PatchFeatures
 from clustermim.runs import RunDirectory, atomic_write
 from clustermim.tokenizers.fitting import fit
+from clustermim.tokenizers.kmeans import MAX_PASSES, TOL
 from clustermim.tokenizers.tokenizer import Tokenizer, load_tokenizer
 from clustermim.tokenizers.vqvae.training import VQVAEConfig
 from clustermim.training.checkpoints import Checkpoints
@@ -45,8 +46,8 @@ def fit_tokenizer(
     metric: Literal["l2", "cosine"] = "l2",
     seed: int = 0,
     n_init: int | None = None,
-    max_passes: int = 20,
-    tol: float = 2e-3,
+    max_passes: int = MAX_PASSES,
+    tol: float = TOL,
     fit_views: Literal["eval", "train"] = "eval",
     align_with: Literal["labels"] | None = None,
     align_from: int | None = None,
@@ -89,9 +90,9 @@ def fit_tokenizer(
     n_init
         Starts of K-means that are compared on a small sample. Default: 4 up to k = 256, else 1.
     max_passes
-        At most so many passes over all patches.
+        At most so many passes over all patches, on one level.
     tol
-        Stop when a pass lowers the inertia by less than this share.
+        Stop when a pass over all patches lowers the inertia by less than this share.
     fit_views
         Which view of each image is clustered: eval (the whole image), or train (one random crop and flip of each, the
         same in every pass), since crops are what the tokenizer meets in pretraining.
