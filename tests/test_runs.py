@@ -164,3 +164,47 @@ def test_what_is_no_run_says_so(tmp_path: Path) -> None:
     (tmp_path / "manifest.json").write_text("{")
     with pytest.raises(InputError, match="damaged"):
         read_manifest(tmp_path)
+
+
+def test_a_directory_that_vanished_is_not_made_again(tmp_path: Path) -> None:
+    with RunDirectory(tmp_path / "run", "pretrain", CONFIG) as run:
+        (tmp_path / "run").rename(tmp_path / "away")
+        for write in (lambda: run.append_metrics({"step": 1}), run.settle):
+            with pytest.raises(ResourceError, match="bring the folder back"):
+                write()
+        assert not (tmp_path / "run").exists()
+
+
+def test_rubbish_of_a_killed_process_is_swept(tmp_path: Path) -> None:
+    with RunDirectory(tmp_path, "pretrain", CONFIG):
+        (tmp_path / ".partial-abc.safetensors").write_bytes(b"half")
+    with RunDirectory(tmp_path, "pretrain", CONFIG, resume=True):
+        assert not (tmp_path / ".partial-abc.safetensors").exists()
+
+
+def test_after_a_diverged_loss_what_is_mendable_may_change_and_is_noted(tmp_path: Path) -> None:
+    other = CONFIG | {"k": 25}
+    with RunDirectory(tmp_path, "pretrain", CONFIG) as run:
+        run.note_divergence()
+    for changed, mendable in ((other, ()), (other | {"data": "else"}, ("k",))):
+        with (
+            pytest.raises(InputError, match="other settings"),
+            RunDirectory(tmp_path, "pretrain", changed, resume=True, mendable=mendable),
+        ):
+            pass
+    with RunDirectory(tmp_path, "pretrain", other, resume=True, mendable=("k",)) as run:
+        run.write_manifest({"status": "running"})
+    assert read_manifest(tmp_path)["changes"][0]["k"] == {"before": 50, "after": 25}
+    assert yaml.safe_load((tmp_path / "config.yaml").read_text()) == other
+    # Only a run that diverged may be mended, and only once.
+    with pytest.raises(InputError), RunDirectory(tmp_path, "pretrain", CONFIG, resume=True, mendable=("k",)):
+        pass
+
+
+def test_a_lock_that_cannot_be_written_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*args: object, **kwargs: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("clustermim.lease.tempfile.mkstemp", full)
+    with pytest.raises(ResourceError, match="lock could not be written: No space left"):
+        RunDirectory(tmp_path, "pretrain", CONFIG).__enter__()

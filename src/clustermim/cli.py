@@ -4,9 +4,12 @@ A verb is a typed Python function; cyclopts makes its options from the signature
 function returns a result that is printed here: to stdout what was asked for, to stderr everything else.
 """
 
+import contextlib
+import errno
 import os
+import shlex
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -35,6 +38,10 @@ _TOKENIZER_VERBS = {
     "import": ("tokenizer_import:import_tokenizer", "Make a tokenizer of centroids that were clustered elsewhere."),
     "show": ("tokenizer_show:show_tokenizer", "Vocabulary and token maps as pictures."),
 }
+
+
+_RESOURCE_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.ESTALE, errno.ENOMEM)
+"""What the system says when disk or memory gives out, wherever it happens."""
 
 
 class _OptionsFile(Yaml):
@@ -127,13 +134,26 @@ def run(arguments: Sequence[str]) -> int:
         errors.print(CycloptsPanel(error))
         return InputError.exit_code
     except ClusterMIMError as error:
+        if error.shared and _started_by_the_first():
+            return 0  # the first process speaks, and its exit code counts
         _tell(errors, error)
+        _tell_next(errors, arguments, error.again)
         return error.exit_code
-    except KeyboardInterrupt:
-        errors.print("Interrupted. A run with --out can be continued with --resume.")
+    except KeyboardInterrupt as error:
+        if _started_by_the_first():
+            return 0
+        again = getattr(error, "again", None)
+        _print(errors, "Interrupted." if again is None else "Interrupted; a run that is begun can be continued.")
+        _tell_next(errors, arguments, again)
         return 130
     except MemoryError:
-        errors.print("Error: out of memory. Use a smaller --batch-size or --image-size.", style="bold red")
+        _print(errors, "Error: out of memory. Use a smaller --batch-size or --image-size.")
+        return 4
+    except OSError as error:
+        if error.errno not in _RESOURCE_ERRORS:
+            raise
+        where = f"{error.filename}: " if error.filename else ""
+        _print(errors, f"Error: {where}{error.strerror}. Free some space, or bring the disk back; then repeat.")
         return 4
     # The first of several processes speaks for all: torchrun counts them by RANK, and --devices, which starts them on
     # one machine, by LOCAL_RANK.
@@ -154,8 +174,51 @@ def _unknown_key(error: UnknownOptionError) -> InputError:
 
 
 def _tell(console: Console, error: ClusterMIMError) -> None:
-    console.print(f"[bold red]{'Stopped' if error.exit_code == 75 else 'Error'}:[/] ", end="")
-    console.print(str(error), markup=False, highlight=False)
+    with contextlib.suppress(OSError):  # nobody reads: the terminal is closed, or the log's disk is full
+        console.print(f"[bold red]{'Stopped' if error.exit_code == 75 else 'Error'}:[/] ", end="")
+        console.print(str(error), markup=False, highlight=False)
+
+
+def _tell_next(console: Console, arguments: Sequence[str], again: Mapping[str, Any] | None) -> None:
+    """The whole command with which to go on, on a line of its own that can be copied."""
+    if again is not None:
+        started = "as it was started before, " if "LOCAL_RANK" in os.environ else ""
+        _print(console, f"Next: {started}{shlex.join(['clustermim', *repeated(arguments, again)])}")
+
+
+def _print(console: Console, text: str) -> None:
+    with contextlib.suppress(OSError):
+        console.print(text, markup=False, highlight=False, soft_wrap=True)
+
+
+def repeated(arguments: Sequence[str], changes: Mapping[str, Any]) -> list[str]:
+    """A command line with some of its options set anew.
+
+    Parameters
+    ----------
+    arguments
+        What stood behind `clustermim`.
+    changes
+        Options by their Python names, each with a single value; True is a flag.
+    """
+    words = list(arguments)
+    for name, value in changes.items():
+        option = f"--{name.replace('_', '-')}"
+        spellings = (option, f"--{name}", f"--no-{option[2:]}")
+        kept: list[str] = []
+        while words:
+            word = words.pop(0)
+            if word.partition("=")[0] not in spellings:
+                kept.append(word)
+            elif "=" not in word and words and not words[0].startswith("--"):
+                words.pop(0)
+        words = [*kept, option, *([] if value is True else [str(value)])]
+    return words
+
+
+def _started_by_the_first() -> bool:
+    """Whether --devices started this process: torchrun and SLURM, which watch all exit codes, count by RANK too."""
+    return os.environ.get("LOCAL_RANK", "0") != "0" and "RANK" not in os.environ and "SLURM_PROCID" not in os.environ
 
 
 def main() -> None:

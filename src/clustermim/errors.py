@@ -5,13 +5,29 @@ and what to do. The command line prints the message without a traceback and exit
 """
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from typing import Any
 
 
 class ClusterMIMError(Exception):
-    """Base of all errors that the package raises on purpose; `exit_code` is what the command line exits with."""
+    """Base of all errors that the package raises on purpose; `exit_code` is what the command line exits with.
+
+    Parameters
+    ----------
+    message
+        One paragraph.
+    again
+        Options with which to repeat the command, such as ``{"accumulate": 2, "resume": True}``: the command line prints
+        the whole of it. None where repeating does not help.
+    """
 
     exit_code = 1
+
+    def __init__(self, message: str = "", *, again: Mapping[str, Any] | None = None) -> None:
+        super().__init__(message)
+        self.again = again
+        self.shared = False
+        """Whether every process of the run ends by it, so that one exit code speaks for all."""
 
 
 class InputError(ClusterMIMError, ValueError):
@@ -33,9 +49,15 @@ class ResourceError(ClusterMIMError, RuntimeError):
 
 
 class Stopped(ClusterMIMError):
-    """Stopped on request (SIGTERM or `--max-minutes`) after a checkpoint; `--resume` continues exactly."""
+    """Stopped on request (a signal or `--max-minutes`) after a checkpoint; `--resume` continues exactly."""
 
     exit_code = 75
+
+
+class Interrupted(KeyboardInterrupt):
+    """Ctrl-C, obeyed after a checkpoint; `again` is as for `ClusterMIMError`."""
+
+    again: Mapping[str, Any] = {"resume": True}
 
 
 def nearest(name: str, choices: Iterable[str]) -> str:

@@ -74,14 +74,26 @@ class Lease:
                     self.path.unlink(missing_ok=True)
 
     def confirm(self) -> None:
-        """Make sure that the lock is still ours, as far as the last heartbeat saw.
+        """Make sure that the lock is still there and ours.
 
         Raises
         ------
         ResourceError
-            This process was held up for longer than a lease lasts, and another one took over.
+            This process was held up for longer than a lease lasts and another one took over, or the folder is gone.
         """
-        if self._lost.is_set():
+        try:
+            holder = self._holder()
+        except OSError as error:
+            raise ResourceError(
+                f"{self.path.parent} can no longer be read: {error.strerror or error}. Nothing more is written; bring "
+                "it back."
+            ) from error
+        if holder is None:
+            raise ResourceError(
+                f"{self.path} is gone: somebody removed or moved it, or the whole folder. Nothing more is written; "
+                "bring the folder back."
+            )
+        if self._lost.is_set() or holder.get("name") != self._name:
             raise ResourceError(
                 f"{self.path.parent} was taken over by another process while this one stood still for more than "
                 f"{LEASE_SECONDS:.0f} seconds. Nothing more is written from here; the other one goes on."

@@ -8,6 +8,7 @@ import contextlib
 import json
 import os
 import platform
+import re
 import shutil
 import subprocess
 import tempfile
@@ -24,6 +25,9 @@ from clustermim.errors import InputError, ResourceError
 from clustermim.lease import Lease
 
 _OURS = frozenset({"config.yaml", "manifest.json", "metrics.jsonl", "lock"})
+DIVERGED = "diverged"
+"""Status of a run that ended by a loss that was not finite."""
+
 _PACKAGES = ("torch", "torchvision", "timm", "lightning-fabric", "numpy", "scikit-learn", "safetensors")
 
 
@@ -58,14 +62,38 @@ def atomic_save(path: str | Path, writer: Callable[[Path], None]) -> None:
         temporary.chmod(0o666 & ~umask)
         temporary.replace(path)
         _sync_folder(path.parent)
-    except OSError as error:
-        raise ResourceError(
-            f"{path} could not be written: {error.strerror or error}. Free some space or choose another --out; "
-            "what was there before is untouched."
-        ) from error
+    except Exception as error:
+        reason = _system_reason(error)
+        if reason is None:
+            raise
+        raise unwritable(path, reason) from error
     finally:
         if temporary is not None:
-            temporary.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):  # a disk that has just become read-only keeps it
+                temporary.unlink(missing_ok=True)
+
+
+def unwritable(path: str | Path, reason: object) -> ResourceError:
+    """The error for a file that the system would not take."""
+    return ResourceError(
+        f"{path} could not be written: {reason}. Free some space, or make the folder writable again; what was there "
+        "before is untouched."
+    )
+
+
+def _system_reason(error: BaseException) -> str | None:
+    """What the operating system said, where it is behind an error; None where it is not.
+
+    Writers wrap it: torch's archive writer fails again while it closes what it could not finish, and safetensors has
+    an error of its own whose text alone tells.
+    """
+    found: BaseException | None = error
+    while found is not None:
+        if isinstance(found, OSError):
+            return found.strerror or str(found)
+        found = found.__cause__ or found.__context__
+    match = re.search(r"\(os error (\d+)\)", str(error))
+    return os.strerror(int(match[1])) if match else None
 
 
 def atomic_write(path: str | Path, data: bytes | str) -> None:
@@ -163,6 +191,9 @@ class RunDirectory:
         Start, continue, or accept as finished, whichever applies.
     volatile
         Keys of `config` that may differ between a run and its resumption (device, workers, ...).
+    mendable
+        Keys that may differ where the run ended by a loss that was not finite (see `note_divergence`): repeating it
+        unchanged would only repeat that. The manifest then tells what was changed.
 
     Raises
     ------
@@ -178,12 +209,13 @@ class RunDirectory:
         *,
         resume: bool = False,
         volatile: Collection[str] = (),
+        mendable: Collection[str] = (),
     ) -> None:
         self.path = Path(path)
         self.kind = kind
         self.config = _plain(dict(config))
         self.resume = resume
-        self.volatile = frozenset(volatile)
+        self.volatile, self.mendable = frozenset(volatile), frozenset(mendable)
         self.finished = False
         self.resuming = False
         self._manifest: dict[str, Any] = {}
@@ -191,17 +223,21 @@ class RunDirectory:
 
     def __enter__(self) -> "RunDirectory":
         """Check the directory, take its lock, write `config.yaml` and a first manifest."""
-        self._refuse_foreign()
         try:
+            self._refuse_foreign()
             self.path.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise InputError(
                 f"--out {self.path} cannot be made: {error.strerror or error}. Choose a folder you can write to."
             ) from None
         self._lock = Lease(self.path / "lock")
-        self._lock.acquire()
+        try:
+            self._lock.acquire()
+        except OSError as error:
+            raise unwritable(self._lock.path, error.strerror or error) from error
         try:
             self._open()
+            self._sweep()
         except BaseException:
             self._lock.release()
             raise
@@ -248,6 +284,13 @@ class RunDirectory:
         if not self._manifest:
             self.write_manifest({})
 
+    def _sweep(self) -> None:
+        """Remove what a killed process was writing; files of the lock are somebody's who is just trying to get it."""
+        for leftover in self.path.glob(".partial-*"):
+            if not leftover.name.startswith(".partial-lock"):
+                with contextlib.suppress(OSError):
+                    leftover.unlink()
+
     def _compare(self, file: Path) -> None:
         """Refuse to continue a run under another config: the result would be neither of the two."""
         try:
@@ -257,12 +300,24 @@ class RunDirectory:
         before = before if isinstance(before, dict) else {}
         keys = sorted((set(before) | set(self.config)) - self.volatile)
         changed = [key for key in keys if before.get(key) != self.config.get(key)]
-        if changed:
+        if changed and self._manifest.get("status") == DIVERGED and set(changed) <= self.mendable:
+            self._mend({key: {"before": before.get(key), "after": self.config.get(key)} for key in changed})
+        elif changed:
             told = "; ".join(f"{key}: {before.get(key)!r} then, {self.config.get(key)!r} now" for key in changed[:5])
             raise InputError(
                 f"--resume: {self.path} was started with other settings ({told}). "
                 "Repeat the first command with --resume, or choose another --out."
             )
+
+    def _mend(self, changes: dict[str, Any]) -> None:
+        """Note changed settings before they count: killed in between, the run still takes either."""
+        told = [*self._manifest.get("changes", []), {"day": _now(), **changes}]
+        self.write_manifest({"changes": told})
+        self.write_config()
+
+    def note_divergence(self) -> None:
+        """Say in the manifest that a loss was not finite, so that a resumption may change what is mendable."""
+        self.write_manifest({"status": DIVERGED})
 
     def write_config(self) -> None:
         """Write `config.yaml`; feeding it back with --config repeats the run."""
@@ -288,10 +343,23 @@ class RunDirectory:
             with (self.path / "metrics.jsonl").open("a") as file:
                 file.write(line)
         except OSError as error:
-            raise ResourceError(
-                f"{self.path}/metrics.jsonl could not be written: {error.strerror or error}. "
-                "Free some space, then repeat the command with --resume."
-            ) from error
+            raise unwritable(self.path / "metrics.jsonl", error.strerror or error) from error
+
+    def settle(self) -> None:
+        """Bring the rows of metrics to the disk, where a power cut spares them too.
+
+        Raises
+        ------
+        ResourceError
+            They cannot be written, or the directory is gone or in other hands.
+        """
+        if self._lock is not None:
+            self._lock.confirm()
+        try:
+            with (self.path / "metrics.jsonl").open("a") as file:
+                os.fsync(file.fileno())
+        except OSError as error:
+            raise unwritable(self.path / "metrics.jsonl", error.strerror or error) from error
 
     def metrics(self) -> Iterator[dict[str, Any]]:
         """The rows of `metrics.jsonl`; a torn last line is left out."""

@@ -1,6 +1,9 @@
 """Both loaders give the same batches, and how an epoch is cut up changes nothing."""
 
+import multiprocessing
 import os
+import signal
+import time
 from dataclasses import replace
 
 import numpy as np
@@ -189,3 +192,21 @@ def test_a_gpu_gives_the_same_batches(source):
         index = other.index
         assert torch.equal(random_masks(1, 2, one.index, 49, 0.6), random_masks(1, 2, index, 49, 0.6).cpu())
         assert torch.equal(block_masks(1, 2, one.index, (7, 7), 0.4), block_masks(1, 2, index, (7, 7), 0.4).cpu())
+
+
+def test_readers_leave_a_signal_to_the_whole_group_to_the_main_process(source):
+    loader = make_loader(source, batch_size=4, train=False, workers=1)
+    batches = loader.epoch()
+    next(batches)
+    (reader,) = multiprocessing.active_children()
+    for name in ("SIGINT", "SIGUSR1", "SIGHUP", "SIGTERM"):
+        os.kill(reader.pid, getattr(signal, name))
+    assert sum(len(batch.index) for batch in batches) == len(source) - 4
+    batches = loader.epoch()
+    next(batches)
+    (reader,) = multiprocessing.active_children()
+    with pytest.raises(RuntimeError, match="Terminated"):  # torch raises it from a handler, wherever we are
+        for _ in range(2):
+            os.kill(reader.pid, signal.SIGTERM)
+            time.sleep(0.1)
+        list(batches)

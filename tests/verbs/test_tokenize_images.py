@@ -131,7 +131,7 @@ def test_what_was_whole_before_a_kill_is_kept(tokenizer: Tokenizer, tmp_path: Pa
     after = {file.name: (file.stat().st_ino, file.stat().st_mtime_ns) for file in out.glob("shard-*.npz")}
     assert {name: after[name] for name in before} == before
     assert contents(out) == contents(tmp_path / "whole") and len(after) == 8
-    assert not list(out.glob(".partial-*"))
+    assert not list(out.glob(".partial-*.npz"))
     assert run([*command, str(out), "--resume"]) == 0  # finished: nothing to do
     assert {file.name: (file.stat().st_ino, file.stat().st_mtime_ns) for file in out.glob("shard-*.npz")} == after
 

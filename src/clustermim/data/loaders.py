@@ -4,9 +4,11 @@ Both give the same images in the same order with the same crops, because order a
 """
 
 import os
+import signal
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import torch
@@ -19,7 +21,8 @@ from clustermim.data.counted import permutation
 from clustermim.data.pixels import adapt_channels, convertible
 from clustermim.data.sources import ImageSource
 from clustermim.data.views import ViewConfig, draw, eval_view, eval_views, to_float, train_view, train_views
-from clustermim.errors import ClusterMIMError, InputError, ResourceError
+from clustermim.errors import ClusterMIMError, InputError
+from clustermim.training.trouble import dead_worker
 
 _RESIDENT_SHARE = 0.25  # of free memory that images may take before workers are used instead
 
@@ -180,6 +183,7 @@ class WorkerLoader(Loader):
             num_workers=self.workers,
             collate_fn=_collate,
             pin_memory=self.device.type == "cuda",
+            worker_init_fn=leave_signals,
         )
         try:
             for item in loader:
@@ -195,10 +199,7 @@ class WorkerLoader(Loader):
         except RuntimeError as problem:
             if isinstance(problem, ClusterMIMError) or "DataLoader worker" not in str(problem):
                 raise
-            raise ResourceError(
-                f"A process that reads images died ({str(problem).splitlines()[0]}). Most often memory or shared "
-                f"memory (/dev/shm) ran out: use fewer --workers, or --workers 0 to read in the main process."
-            ) from None
+            raise dead_worker(problem) from None
 
 
 class _Views(Dataset[Any]):
@@ -223,6 +224,22 @@ class _Views(Dataset[Any]):
         sizes = torch.tensor([[image.shape[-2], image.shape[-1]]])
         view = train_view(image, draw(self.seed, epoch, torch.tensor([index]), sizes, self.view), self.view)
         return (view if self.augment is None else self.augment(view, epoch, index)), index
+
+
+def leave_signals(worker: int) -> None:
+    """In a process that reads images: a signal to the whole group is for the main process, which ends this one.
+
+    SLURM and a terminal signal every process of a job. Readers that obeyed at once would look like a fault to the main
+    process, which is about to write a checkpoint. A second SIGTERM is obeyed: it is the main process's.
+    """
+    for name in ("SIGINT", "SIGUSR1", "SIGHUP"):
+        if hasattr(signal, name):
+            signal.signal(getattr(signal, name), signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, _obey_the_next)
+
+
+def _obey_the_next(number: int, frame: FrameType | None) -> None:
+    signal.signal(number, signal.SIG_DFL)
 
 
 def _collate(items: list[tuple[Tensor, int] | ClusterMIMError]) -> tuple[Tensor, Tensor] | ClusterMIMError:

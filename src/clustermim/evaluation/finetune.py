@@ -20,7 +20,7 @@ from clustermim.training.launch import StopRequest, agree
 from clustermim.training.ledger import Ledger, check_weights
 from clustermim.training.optimiser import cosine_with_warmup, scaled_lr, set_learning_rate
 from clustermim.training.progress import TrainingProgress
-from clustermim.training.resuming import raise_stopped, restore, snapshot
+from clustermim.training.resuming import keep, raise_stopped, restore, snapshot
 
 _ADVICE = "The last good checkpoint is kept. Lower --lr, set --clip-grad 1, or use --precision 32-true."
 
@@ -162,7 +162,7 @@ def finetune_loop(
     wrapped: Any = fabric.setup(bundle, made)
     forward, optimiser = wrapped
     ledger = Ledger(fabric, _ADVICE)
-    done, seconds, row = restore(checkpoints, bundle, optimiser, ledger, run)
+    done, seconds, row = restore(checkpoints, bundle, optimiser, ledger, run, fabric=fabric)
     saving = Due(config.checkpoint_every, done)
     began = marked = time.monotonic()
     marked_at = done
@@ -211,7 +211,7 @@ def finetune_loop(
                     saving.reset(done)
                     if run is not None:
                         spent = seconds + time.monotonic() - began
-                        checkpoints.save(done, snapshot(bundle, optimiser, ledger, spent, row))
+                        keep(checkpoints, run, done, snapshot(bundle, optimiser, ledger, spent, row))
                 if stopping and done < total:
                     raise_stopped(stop, done, total, "Fine-tuning")
     return row

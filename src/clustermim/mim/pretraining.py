@@ -17,15 +17,18 @@ from clustermim.mim.contract import MaskedModel
 from clustermim.mim.targets import Target, TargetLoss
 from clustermim.runs import RunDirectory
 from clustermim.training.checkpoints import Checkpoints, Due, Interval
-from clustermim.training.launch import StopRequest, agree
+from clustermim.training.launch import StopRequest, agree, by_the_first
 from clustermim.training.ledger import Ledger, check_weights
 from clustermim.training.optimiser import cosine_with_warmup, make_adamw, scaled_lr, set_learning_rate
 from clustermim.training.progress import TrainingProgress
-from clustermim.training.resuming import raise_stopped, restore, snapshot, unsynchronised
+from clustermim.training.resuming import keep, raise_stopped, restore, snapshot, unsynchronised
 
 MaskKind = Literal["random", "block"]
 
-_ADVICE = "The last good checkpoint is kept. Lower --lr, set --clip-grad 1, or use --precision 32-true."
+_ADVICE = (
+    "The last good checkpoint is kept. Continue from it with --resume and a lower --lr, --clip-grad 1 or --precision "
+    "32-true; unchanged, it comes back unless a passing fault of the machine was behind it."
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -230,7 +233,7 @@ def train(
     fabric.to_device(target)
     ledger = Ledger(fabric, _ADVICE)
     mean = running_mean(model, config.ema)
-    done, seconds, row = restore(checkpoints, model, optimiser, ledger, run, mean)
+    done, seconds, row = restore(checkpoints, model, optimiser, ledger, run, mean, fabric)
     saving = Due(config.checkpoint_every, done)
     began = marked = time.monotonic()
     marked_at = done
@@ -264,8 +267,7 @@ def train(
                     row = {"step": done, "epoch": done / steps, "images": done * config.batch_size, "lr": lr, **means}
                     row |= {"seconds": seconds + now - began, "images_per_second": rate}
                     marked, marked_at = now, done
-                    if run is not None:
-                        run.append_metrics(row)
+                    by_the_first(fabric, RunDirectory.append_metrics, run, row)
                     extra = f" · accuracy {means['accuracy']:.3f}" if "accuracy" in means else ""
                     progress.update(done, loss=means["loss"], images_per_second=rate, extra=extra)
                 # Several processes must decide alike, so they ask each other, but only where they meet anyway.
@@ -275,9 +277,9 @@ def train(
                     ledger.settle()
                     check_weights(model.parameters(), done, _ADVICE)
                     saving.reset(done)
-                    if run is not None:
-                        spent = seconds + time.monotonic() - began
-                        checkpoints.save(done, snapshot(model, optimiser, ledger, spent, row, mean))
+                    spent = seconds + time.monotonic() - began
+                    state = snapshot(model, optimiser, ledger, spent, row, mean)
+                    by_the_first(fabric, keep, checkpoints, run, done, state)
                 if stopping and done < total:
                     raise_stopped(stop, done, total, "Pretraining")
     if mean is not None:

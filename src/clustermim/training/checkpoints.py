@@ -4,6 +4,7 @@ The checksum stands in the file's name (`step-00000500-1f0c9a...pt`, the convent
 checksum cannot disagree through a kill between two writes.
 """
 
+import contextlib
 import hashlib
 import re
 import time
@@ -15,7 +16,7 @@ from typing import IO, Any, cast
 import torch
 
 from clustermim.errors import InputError
-from clustermim.runs import atomic_save
+from clustermim.runs import atomic_save, unwritable
 
 _NAME = re.compile(r"step-(\d+)-([0-9a-f]{16})\.pt")
 _EVERY = re.compile(r"(\d+(?:\.\d+)?)\s*(s|m|h|)")
@@ -64,11 +65,14 @@ class Checkpoints:
         unnamed = self.folder / f"step-{step:08d}.pt"
         atomic_save(unnamed, write)
         path = unnamed.with_name(f"step-{step:08d}-{digest.hexdigest()[:16]}.pt")
-        unnamed.replace(path)
-        for other in [p for p in self.paths() if p != path and _step_of(p) == step]:
-            other.unlink(missing_ok=True)  # the same step written again, after a resume
-        for old in self.paths()[self.keep :]:
-            old.unlink(missing_ok=True)
+        try:
+            unnamed.replace(path)
+        except OSError as error:
+            raise unwritable(path, error.strerror or error) from error
+        again = [p for p in self.paths() if p != path and _step_of(p) == step]  # the same step, before a resume
+        for old in again + [p for p in self.paths() if p not in again][self.keep :]:
+            with contextlib.suppress(OSError):  # one too many harms nobody
+                old.unlink()
         return path
 
     def load_latest(self) -> tuple[int, dict[str, Any]] | None:
@@ -78,17 +82,26 @@ class Checkpoints:
         are unpickled (`weights_only`), so a file that somebody else made cannot run code.
         """
         for leftover in [*self.folder.glob(".partial-*"), *self.folder.glob("step-????????.pt")]:
-            leftover.unlink(missing_ok=True)  # of a process that was killed while it wrote
-        for path in self.paths():
+            with contextlib.suppress(OSError):
+                leftover.unlink()  # of a process that was killed while it wrote
+        paths = self.paths()
+        for place, path in enumerate(paths):
             match = _NAME.fullmatch(path.name)
-            with path.open("rb") as file:
-                digest = hashlib.file_digest(file, "sha256").hexdigest()
-            if match is None or digest[:16] != match[2]:
-                self._warn(
-                    f"checkpoint {path.name} is damaged (its checksum does not fit); going back to the one before."
-                )
-                continue
-            return int(match[1]), torch.load(path, map_location="cpu", weights_only=True)
+            assert match is not None  # paths
+            why = "its checksum does not fit"
+            try:
+                with path.open("rb") as file:
+                    whole = hashlib.file_digest(file, "sha256").hexdigest()[:16] == match[2]
+            except OSError as error:
+                whole, why = False, error.strerror or str(error)
+            if whole:
+                return int(match[1]), torch.load(path, map_location="cpu", weights_only=True)
+            instead = (
+                f"going back to the one before, of step {_step_of(paths[place + 1])}"
+                if place + 1 < len(paths)
+                else "none is left, so training begins anew"
+            )
+            self._warn(f"checkpoint {path.name} is damaged ({why}); {instead}.")
         return None
 
 

@@ -5,14 +5,14 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from types import FrameType
 from typing import Any, Literal
 
 import torch
 from lightning_fabric import Fabric
 
-from clustermim.errors import ClusterMIMError, InputError, ResourceError
+from clustermim.errors import ClusterMIMError, InputError
 from clustermim.runs import RunDirectory
 
 Device = Literal["auto", "cpu", "cuda", "mps"]
@@ -133,17 +133,19 @@ class StopRequest:
 
 @contextlib.contextmanager
 def listen_for_stop(max_minutes: float | None = None) -> Iterator[StopRequest]:
-    """Turn SIGTERM, SIGUSR1 (what SLURM sends before preemption), Ctrl-C and the time limit into a polite request.
+    """Turn SIGTERM, SIGUSR1 (what SLURM sends before preemption), Ctrl-C, a closed terminal and the time limit into a
+    polite request.
 
     The training loop looks at `reason` between steps, writes a checkpoint and ends. The handlers that stood before are
-    put back at the end. Outside the main thread Python allows no handlers, and only the time limit counts.
+    put back at the end. Outside the main thread Python allows no handlers, and only the time limit counts. What is
+    ignored stays ignored: under `nohup` a closed terminal stops nothing.
     """
     request = StopRequest(None if max_minutes is None else 60.0 * max_minutes)
     before: dict[int, Any] = {}
     if threading.current_thread() is threading.main_thread():
-        for name in ("SIGTERM", "SIGUSR1", "SIGINT"):
-            if hasattr(signal, name):
-                number = getattr(signal, name)
+        for name in ("SIGTERM", "SIGUSR1", "SIGINT", "SIGHUP"):
+            number = getattr(signal, name, None)  # not every system has all of them
+            if number is not None and signal.getsignal(number) is not signal.SIG_IGN:
                 before[number] = signal.signal(number, request.receive)
     try:
         yield request
@@ -162,36 +164,27 @@ def enter_on_first(fabric: Fabric, run: RunDirectory) -> Iterator[RunDirectory |
         None on all processes but the first.
     """
     with contextlib.ExitStack() as stack:
-        problem: ClusterMIMError | None = None
-        if fabric.is_global_zero:
-            try:
-                stack.enter_context(run)
-            except ClusterMIMError as error:
-                problem = error
-        shared: Any = fabric.broadcast(problem)
-        if shared is not None:
-            raise shared
+        by_the_first(fabric, stack.enter_context, run)
         yield run if fabric.is_global_zero else None
 
 
-@contextlib.contextmanager
-def memory_advice(batch_size: int) -> Iterator[None]:
-    """Turn the many forms of running out of memory into one error that says what to do.
+def by_the_first(fabric: Fabric, work: Callable[..., Any], *arguments: Any) -> None:
+    """Let the first process call `work(*arguments)`, and all of them fail if that fails.
+
+    A process that waits for one that has already left would wait for ever, so all of them must call this together.
 
     Raises
     ------
-    ResourceError
-        With the number to try next.
+    ClusterMIMError
+        What `work` raised in the first process.
     """
-    try:
-        yield
-    except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
-        text = str(error)
-        known = isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in text
-        if isinstance(error, ClusterMIMError) or not known:
-            raise
-        raise ResourceError(
-            f"Out of memory with a batch of {batch_size} images ({text.splitlines()[0] if text else 'no details'}). "
-            f"Add --accumulate 2 (same result, half the memory), or use a smaller --batch-size such as "
-            f"{max(1, batch_size // 2)}; then repeat the command with --resume, or choose another --out."
-        ) from error
+    problem: ClusterMIMError | None = None
+    if fabric.is_global_zero:
+        try:
+            work(*arguments)
+        except ClusterMIMError as error:
+            problem = error
+    found: Any = problem if fabric.world_size == 1 else fabric.broadcast(problem)
+    if found is not None:
+        found.shared = True
+        raise found

@@ -58,7 +58,7 @@ class Ledger:
         ]
         for step, figures in self._records:
             if not math.isfinite(figures["loss"].item()):
-                raise NonFiniteLossError(f"The loss of step {step} is {figures['loss'].item()}. {self._advice}")
+                raise _by_all(f"The loss of step {step} is {figures['loss'].item()}. {self._advice}")
 
     def close(self) -> dict[str, float]:
         """The mean of each figure since the last call, after `settle`; the ledger is empty afterwards."""
@@ -89,4 +89,11 @@ def check_weights(parameters: Iterable[Tensor], step: int, advice: str) -> None:
     """
     norm = torch.nn.utils.get_total_norm([p.detach() for p in parameters])
     if not bool(norm.isfinite()):
-        raise NonFiniteLossError(f"The weights are not finite after step {step}: its gradient overflowed. {advice}")
+        raise _by_all(f"The weights are not finite after step {step}: its gradient overflowed. {advice}")
+
+
+def _by_all(message: str) -> NonFiniteLossError:
+    """Every process reads the same averages and holds the same weights, so all of them find it."""
+    error = NonFiniteLossError(message)
+    error.shared = True
+    return error

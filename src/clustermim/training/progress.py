@@ -1,5 +1,6 @@
 """What a person sees while training runs: a bar on stderr with loss, images a second and time left."""
 
+import contextlib
 import time
 from types import TracebackType
 
@@ -53,12 +54,14 @@ class TrainingProgress:
     ) -> None:
         """Leave the bar as it stands."""
         if self._bar is not None:
-            self._bar.stop()
+            with _nobody_reads():
+                self._bar.stop()
 
     def say(self, message: str) -> None:
         """One line for the reader, above the bar."""
         if self._show:
-            self.console.print(Text(message))
+            with _nobody_reads():
+                self.console.print(Text(message))
 
     def time_left(self, step: int) -> float:
         """Seconds to the end, at the mean pace since this process began."""
@@ -74,7 +77,13 @@ class TrainingProgress:
             self._bar.update(self._task, completed=step, news=news)
         elif step == self._total or time.monotonic() - self._spoke >= _QUIET_SECONDS:
             self._spoke = time.monotonic()
-            self.console.print(Text(f"{self._label}: step {step} of {self._total} · {news}"), soft_wrap=True)
+            with _nobody_reads():
+                self.console.print(Text(f"{self._label}: step {step} of {self._total} · {news}"), soft_wrap=True)
+
+
+def _nobody_reads() -> contextlib.AbstractContextManager[None]:
+    """A closed terminal or a log file on a full disk is no reason to stop training."""
+    return contextlib.suppress(OSError)
 
 
 def duration(seconds: float) -> str:

@@ -3,11 +3,12 @@
 import contextlib
 from typing import Any
 
+import torch
 from lightning_fabric import Fabric
 from timm.utils.model_ema import ModelEmaV3
 from torch import nn
 
-from clustermim.errors import Stopped
+from clustermim.errors import InputError, Interrupted, Stopped
 from clustermim.runs import RunDirectory
 from clustermim.training.checkpoints import Checkpoints
 from clustermim.training.launch import StopRequest
@@ -36,6 +37,18 @@ def snapshot(
     }
 
 
+def keep(checkpoints: Checkpoints, run: RunDirectory, step: int, state: dict[str, Any]) -> None:
+    """Write a checkpoint, and before it to the disk the rows of metrics that it counts on.
+
+    Raises
+    ------
+    ResourceError
+        It could not be written, or the run directory is gone or another process's.
+    """
+    run.settle()
+    checkpoints.save(step, state)
+
+
 def restore(
     checkpoints: Checkpoints,
     model: nn.Module,
@@ -43,9 +56,24 @@ def restore(
     ledger: Ledger,
     run: RunDirectory | None,
     mean: ModelEmaV3 | None = None,
+    fabric: Fabric | None = None,
 ) -> tuple[int, float, dict[str, Any]]:
-    """Load the latest checkpoint; returns the steps done, the seconds spent and the last row of metrics."""
+    """Load the latest checkpoint; returns the steps done, the seconds spent and the last row of metrics.
+
+    Raises
+    ------
+    InputError
+        The processes of `fabric` found different checkpoints.
+    """
     found = checkpoints.load_latest()
+    if fabric is not None and fabric.world_size > 1:
+        gathered: Any = fabric.all_gather(torch.tensor(found[0] if found else 0, device=fabric.device))
+        steps = gathered.tolist()
+        if len(set(steps)) > 1:
+            raise InputError(
+                f"--resume: the processes found different checkpoints (of steps {', '.join(map(str, steps))}). --out "
+                "must lie on a file system that all machines share."
+            )
     done, seconds, row = 0, 0.0, {}
     if found is not None:
         done, state = found
@@ -81,8 +109,10 @@ def raise_stopped(stop: StopRequest, done: int, total: int, what: str) -> None:
         What was stopped, as the subject of a sentence: "Pretraining".
     """
     if stop.interrupted:
-        raise KeyboardInterrupt
-    raise Stopped(
+        raise Interrupted
+    stopped = Stopped(
         f"{what} was stopped {stop.reason or 'by another process'} after step {done} of {total}; a checkpoint is "
         "in place. Repeat the command with --resume to continue exactly."
     )
+    stopped.shared = True
+    raise stopped

@@ -32,7 +32,8 @@ from clustermim.evaluation.judging import classification
 from clustermim.evaluation.sealing import Sealed
 from clustermim.runs import RunDirectory, atomic_save, atomic_write, read_manifest
 from clustermim.training.checkpoints import Checkpoints, parse_interval
-from clustermim.training.launch import Device, Precision, enter_on_first, listen_for_stop, make_fabric, memory_advice
+from clustermim.training.launch import Device, Precision, enter_on_first, listen_for_stop, make_fabric
+from clustermim.training.trouble import advice, resumable
 
 KIND = "finetune"
 _VOLATILE = ("device", "devices", "workers", "resident", "checkpoint_every", "log_every")
@@ -259,7 +260,12 @@ def finetune(
     run = RunDirectory(
         out, KIND, {k: v for k, v in settings.items() if v is not None}, resume=resume, volatile=_VOLATILE
     )
-    with memory_advice(batch_size), enter_on_first(fabric, run) as held, listen_for_stop(max_minutes) as stop:
+    with (
+        resumable(),
+        advice(batch_size, processes=fabric.world_size),
+        enter_on_first(fabric, run) as held,
+        listen_for_stop(max_minutes) as stop,
+    ):
         if fabric.broadcast(run.finished):
             records = list(run.manifest.get("results", []))
         else:

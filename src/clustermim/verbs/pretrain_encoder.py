@@ -21,7 +21,8 @@ from clustermim.mim.targets import TargetOptions, make_target
 from clustermim.runs import RunDirectory
 from clustermim.tokenizers.tokenizer import load_tokenizer
 from clustermim.training.checkpoints import parse_interval
-from clustermim.training.launch import Device, Precision, make_fabric, memory_advice
+from clustermim.training.launch import Device, Precision, make_fabric
+from clustermim.training.trouble import advice
 from clustermim.verbs.pretrain_run import (
     PretrainResult,
     carry_out,
@@ -38,6 +39,8 @@ from clustermim.verbs.pretrain_targets import (
 
 KIND = "pretrain"
 _VOLATILE = ("device", "devices", "workers", "resident", "compile", "accumulate", "checkpoint_every", "log_every")
+
+_MENDABLE = ("lr", "clip_grad", "precision")
 
 
 def pretrain(
@@ -190,9 +193,12 @@ def pretrain(
     InputError
         Something does not fit; found before any training.
     NonFiniteLossError
-        The loss became NaN or infinite; the last good checkpoint is kept.
+        The loss became NaN or infinite; the last good checkpoint is kept, and a resumption may change `lr`,
+        `clip_grad` and `precision`.
     Stopped
-        On SIGTERM, SIGUSR1 or at `max_minutes`, after a checkpoint.
+        On SIGTERM, SIGUSR1, SIGHUP or at `max_minutes`, after a checkpoint.
+    ResourceError
+        Disk, memory or a process gave out; the last good checkpoint is kept.
     """
     fabric = make_fabric(device, devices, precision)
     check_target_options(
@@ -331,7 +337,7 @@ def pretrain(
     fabric.launch()
     if message := source.skipped_message() if fabric.is_global_zero else None:
         Console(stderr=True).print(message, markup=False, highlight=False)
-    with memory_advice(batch_size):
+    with advice(batch_size, accumulate=accumulate, processes=fabric.world_size):
         if token_weights == "inverse-sqrt":
             weigh_by_frequency(wanted, source, fabric, batch_size, workers)
         if dry_run:
@@ -340,5 +346,5 @@ def pretrain(
             )
             return PretrainResult(out=None, model=recipe, figures=figures)
         plain = {key: value for key, value in settings.items() if value is not None}
-        run = RunDirectory(out, KIND, plain, resume=resume, volatile=_VOLATILE)
+        run = RunDirectory(out, KIND, plain, resume=resume, volatile=_VOLATILE, mendable=_MENDABLE)
         return carry_out(fabric, built, wanted, (source, view), config, run, facts, (workers, resident, max_minutes))

@@ -12,7 +12,7 @@ from rich.table import Table
 from clustermim.data.loaders import Loader, make_loader
 from clustermim.data.sources import ImageSource
 from clustermim.data.views import ViewConfig
-from clustermim.errors import InputError
+from clustermim.errors import InputError, NonFiniteLossError
 from clustermim.mim.contract import MaskedModel
 from clustermim.mim.pretraining import PretrainConfig, train
 from clustermim.mim.starting import ENCODER_FILE, save_weights
@@ -20,8 +20,9 @@ from clustermim.mim.targets import Target
 from clustermim.runs import RunDirectory
 from clustermim.tokenizers.tokenizer import Tokenizer
 from clustermim.training.checkpoints import Checkpoints
-from clustermim.training.launch import enter_on_first, listen_for_stop
+from clustermim.training.launch import by_the_first, enter_on_first, listen_for_stop
 from clustermim.training.progress import duration
+from clustermim.training.trouble import advice, resumable
 
 _INPUTS = (
     ("data_fingerprint", "--data"),
@@ -83,20 +84,36 @@ def carry_out(
 ) -> PretrainResult:
     """Train inside the run directory, then write what is to be kept."""
     workers, resident, max_minutes = limits
-    with enter_on_first(fabric, run) as held, listen_for_stop(max_minutes) as stop:
+    parts = {"accumulate": config.accumulate, "processes": fabric.world_size}
+    with (
+        resumable(lr=f"{config.base_lr / 2:g}"),
+        enter_on_first(fabric, run) as held,
+        listen_for_stop(max_minutes) as stop,
+        advice(config.batch_size, **parts),
+    ):
         if fabric.broadcast(run.finished):
             return PretrainResult(out=run.path, model=facts["model"], figures=run.manifest.get("result", {}))
-        if held is not None:
-            _check_same_inputs(held, facts)
-            held.write_manifest(facts)
+        by_the_first(fabric, _begin, held, facts)
         checkpoints = Checkpoints(run.path / "checkpoints", warn=_warn if held is not None else lambda message: None)
         loader = training_loader(*images, config, fabric, workers, resident)
-        row = train(fabric, model, target, loader, config, held, checkpoints, stop)
-        if held is not None:
-            save_weights(model, run.path)
-            held.finish({"result": row})
-        fabric.barrier()
+        try:
+            row = train(fabric, model, target, loader, config, held, checkpoints, stop)
+        except NonFiniteLossError:
+            if held is not None:
+                held.note_divergence()
+            raise
+        by_the_first(fabric, _finish, held, model, row)
     return PretrainResult(out=run.path, model=facts["model"], figures=row)
+
+
+def _begin(run: RunDirectory, facts: Mapping[str, Any]) -> None:
+    _check_same_inputs(run, facts)
+    run.write_manifest({**facts, "status": "running"})
+
+
+def _finish(run: RunDirectory, model: MaskedModel, row: dict[str, Any]) -> None:
+    save_weights(model, run.path)
+    run.finish({"result": row})
 
 
 def settle_patch_size(asked: int | None, tokenizer: Tokenizer | None, view: ViewConfig) -> int:

@@ -21,6 +21,7 @@ from clustermim.runs import RunDirectory, atomic_save, atomic_write
 from clustermim.tokenizers.progress import PassProgress
 from clustermim.tokenizers.tokenizer import Tokenizer, load_tokenizer
 from clustermim.training.launch import Device, StopRequest, listen_for_stop, resolve_device
+from clustermim.training.trouble import resumable
 
 _KIND = "tokenize"
 # Where the tokenizer and the data lie may change; what they are is told by their fingerprints.
@@ -204,7 +205,7 @@ class _Writing:
         """
         missing = [number for number, file in enumerate(self.files) if not (file.exists() and self._keep(number))]
         left = sum(stop - start for start, stop in map(self._range, missing))
-        with PassProgress("images") as bar, listen_for_stop() as stop:
+        with resumable(), PassProgress("images") as bar, listen_for_stop() as stop:
             what = f"tokenizing, {self.kept} shards kept" if self.kept else "tokenizing"
             done: list[_Encoded] = []
             for part in bar.track(self._encoded(missing), what, left):

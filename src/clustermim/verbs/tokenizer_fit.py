@@ -26,6 +26,7 @@ from clustermim.tokenizers.tokenizer import Tokenizer, load_tokenizer
 from clustermim.tokenizers.vqvae.training import VQVAEConfig
 from clustermim.training.checkpoints import Checkpoints
 from clustermim.training.launch import Device, enter_on_first, exact_fabric, listen_for_stop
+from clustermim.training.trouble import resumable
 from clustermim.verbs.align_tokens import fit_aligned, gain_sentence, plan_alignment
 from clustermim.verbs.train_vqvae import train_into
 
@@ -239,7 +240,7 @@ def _fit_into(fabric: Fabric, run: RunDirectory, source: ImageSource, make: Call
     was_there = run.path.exists()
     forget = False
     try:
-        with enter_on_first(fabric, run) as held, listen_for_stop() as stop:
+        with resumable(), enter_on_first(fabric, run) as held, listen_for_stop() as stop:
             if fabric.broadcast(run.finished):
                 return load_tokenizer(run.path)
             checkpoints = Checkpoints(run.path / "checkpoints", warn=_warn)

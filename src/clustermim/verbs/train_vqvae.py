@@ -15,7 +15,8 @@ from clustermim.tokenizers.tokenizer import Tokenizer, load_tokenizer
 from clustermim.tokenizers.vqvae.fitting import check, fit_vqvae
 from clustermim.tokenizers.vqvae.training import VQVAEConfig
 from clustermim.training.checkpoints import Checkpoints
-from clustermim.training.launch import Device, enter_on_first, listen_for_stop, make_fabric, memory_advice
+from clustermim.training.launch import Device, enter_on_first, listen_for_stop, make_fabric
+from clustermim.training.trouble import advice, resumable
 
 # Of no influence on the codes, up to rounding; --max-minutes is not even noted.
 _VOLATILE = ("device", "devices", "workers", "checkpoint_every", "log_every", "max_minutes")
@@ -69,7 +70,8 @@ def train_into(
     run = RunDirectory(out, "tokenizer fit", noted, resume=resume, volatile=_VOLATILE)
     facts = provenance(source, seed)
     with (
-        memory_advice(batch_size),
+        resumable(),
+        advice(batch_size, processes=fabric.world_size),
         _left_as_it_was(run),
         enter_on_first(fabric, run) as held,
         listen_for_stop(config.max_minutes) as stop,

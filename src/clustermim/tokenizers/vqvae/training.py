@@ -20,7 +20,7 @@ from clustermim.training.launch import Precision, StopRequest, agree
 from clustermim.training.ledger import Ledger, check_weights
 from clustermim.training.optimiser import cosine_with_warmup, make_adamw, set_learning_rate
 from clustermim.training.progress import TrainingProgress
-from clustermim.training.resuming import raise_stopped, restore, snapshot
+from clustermim.training.resuming import keep, raise_stopped, restore, snapshot
 
 _ADVICE = "The last good checkpoint is kept. Lower --lr, or use --precision 32-true."
 _IMAGES_TO_SEE = 400_000  # over all epochs, by default; more where that would be less than _FEWEST_EPOCHS
@@ -195,7 +195,9 @@ def train(
     optimiser: Any = make_adamw(model, lr=config.lr, weight_decay=0.0, betas=(0.9, 0.99))
     forward, optimiser = fabric.setup(model.to(memory_format=torch.channels_last), optimiser)
     ledger = Ledger(fabric, _ADVICE)
-    done, seconds, row = (0, 0.0, {}) if checkpoints is None else restore(checkpoints, model, optimiser, ledger, run)
+    done, seconds, row = 0, 0.0, dict[str, Any]()
+    if checkpoints is not None:
+        done, seconds, row = restore(checkpoints, model, optimiser, ledger, run, fabric=fabric)
     saving = Due(parse_interval(config.checkpoint_every), done)
     began = marked = time.monotonic()
     marked_at = done
@@ -244,7 +246,7 @@ def train(
                     saving.reset(done)
                     if run is not None and checkpoints is not None:
                         spent = seconds + time.monotonic() - began
-                        checkpoints.save(done, snapshot(model, optimiser, ledger, spent, row))
+                        keep(checkpoints, run, done, snapshot(model, optimiser, ledger, spent, row))
                 if stopping and done < total:
                     raise_stopped(stop, done, total, "Training the VQ-VAE")
     return row
