@@ -16,8 +16,9 @@ from clustermim.features.pixel import PixelFeatures
 from clustermim.mim.building import build_model
 from clustermim.mim.frequencies import count_tokens, inverse_sqrt_weights
 from clustermim.mim.targets import TARGETS, FeatureTarget, PixelTarget, TargetOptions, TokenTarget, make_target
+from clustermim.tokenizers.clustered import KMeansTokenizer
 from clustermim.tokenizers.codebook import Codebook
-from clustermim.tokenizers.tokenizer import KMeansTokenizer, Tokenizer
+from clustermim.tokenizers.tokenizer import Tokenizer
 
 
 class Brightness(Tokenizer):

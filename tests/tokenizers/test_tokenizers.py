@@ -17,10 +17,11 @@ from clustermim.data.options import DataOptions
 from clustermim.data.sources import ImageSource, open_source
 from clustermim.errors import InputError
 from clustermim.tokenizers.aligned import AlignedTokenizer, merge_vocabulary
+from clustermim.tokenizers.clustered import KMeansTokenizer
 from clustermim.tokenizers.codebook import Codebook
 from clustermim.tokenizers.fitting import fit
 from clustermim.tokenizers.importing import import_centroids
-from clustermim.tokenizers.tokenizer import KINDS, KMeansTokenizer, Tokenizer, load_tokenizer
+from clustermim.tokenizers.tokenizer import KINDS, Tokenizer, load_tokenizer
 from clustermim.tokenizers.vqvae.training import VQVAEConfig
 
 IMAGES, SIDE = 60, 4

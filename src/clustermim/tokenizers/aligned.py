@@ -12,9 +12,10 @@ from torch import Tensor
 
 from clustermim.errors import InputError
 from clustermim.features.patches import PatchFeatures, rebuild_features
+from clustermim.tokenizers.clustered import KMeansTokenizer
 from clustermim.tokenizers.codebook import Codebook
 from clustermim.tokenizers.merging import choose_prior_weight, merge_tokens
-from clustermim.tokenizers.tokenizer import KMeansTokenizer, Tokenizer
+from clustermim.tokenizers.tokenizer import Tokenizer
 
 
 class AlignedTokenizer(Tokenizer):

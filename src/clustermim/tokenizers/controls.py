@@ -12,7 +12,8 @@ from torch import Tensor
 
 from clustermim.data.counted import Stream, counter_hash
 from clustermim.errors import InputError
-from clustermim.tokenizers.tokenizer import KMeansTokenizer, Tokenizer
+from clustermim.tokenizers.clustered import KMeansTokenizer
+from clustermim.tokenizers.tokenizer import Tokenizer
 
 
 class RandomCentroidsTokenizer(KMeansTokenizer):

@@ -16,13 +16,14 @@ from clustermim.errors import InputError
 from clustermim.features.moments import Spread
 from clustermim.features.patches import PatchFeatures, make_features
 from clustermim.runs import environment_facts
+from clustermim.tokenizers.clustered import KMeansTokenizer
 from clustermim.tokenizers.codebook import Codebook
 from clustermim.tokenizers.kmeans import MAX_PASSES, TOL, KMeansResult, fit_kmeans
 from clustermim.tokenizers.nearest import FitMetric
 from clustermim.tokenizers.progress import PassProgress
 from clustermim.tokenizers.signatures import note_signatures
 from clustermim.tokenizers.streams import Blocks
-from clustermim.tokenizers.tokenizer import KMeansTokenizer, Tokenizer, class_of
+from clustermim.tokenizers.tokenizer import Tokenizer, class_of
 from clustermim.tokenizers.twolevelfit import TWO_LEVELS_FROM, TwoLevelResult, check_levels, fit_two_levels
 from clustermim.tokenizers.vqvae.fitting import fit_vqvae
 from clustermim.tokenizers.vqvae.training import VQVAEConfig
@@ -186,29 +187,27 @@ def fit(
         if processes == 1:  # one of several may see blank images only
             spread.check(described.spec)
 
+    streamed: dict[str, Any] = {
+        "metric": metric,
+        "seed": seed,
+        "progress": progress,
+        "first_row": loader.first_image * grid[0] * grid[1],
+        "device": device,
+        "checkpoints": checkpoints,
+        "stop": stop,
+    }
     result: KMeansResult | TwoLevelResult
     if kind == "random-centroids":
         codebook = Codebook(_gaussian_like(blocks, k, seed, progress).cpu(), metric)
     elif levels == 2:
-        result = fit_two_levels(blocks, k, metric=metric, seed=seed, probes=probes, progress=progress, stop=stop)
+        result = fit_two_levels(blocks, k, probes=probes, **streamed)
+        if processes > 1:
+            spread.share()
         codebook = result.codebook.cpu()
         config |= {"levels": 2, "cells": result.codebook.num_cells, "probes": result.codebook.probes}
         facts |= {"levels": 2, "cells": config["cells"], "probes": config["probes"]} | _of_result(result)
     else:
-        result = fit_kmeans(
-            blocks,
-            k,
-            metric=metric,
-            seed=seed,
-            n_init=n_init,
-            max_passes=max_passes,
-            tol=tol,
-            progress=progress,
-            first_row=loader.first_image * grid[0] * grid[1],
-            device=device,
-            checkpoints=checkpoints,
-            stop=stop,
-        )
+        result = fit_kmeans(blocks, k, n_init=n_init, max_passes=max_passes, tol=tol, **streamed)
         if processes > 1:
             spread.share()
         codebook = Codebook(result.centroids.cpu(), metric)

@@ -15,8 +15,8 @@ from clustermim.encoders.weights import read_without_running, shape
 from clustermim.errors import InputError, nearest
 from clustermim.features.patches import PatchFeatures, make_features
 from clustermim.runs import environment_facts
+from clustermim.tokenizers.clustered import KMeansTokenizer
 from clustermim.tokenizers.codebook import Codebook, Metric
-from clustermim.tokenizers.tokenizer import KMeansTokenizer
 
 SUFFIXES = (".npy", ".pt", ".pth", ".safetensors")
 

@@ -89,6 +89,7 @@ def fit_kmeans(
     device: str | torch.device = "cpu",
     checkpoints: Checkpoints | None = None,
     stop: StopRequest | None = None,
+    processes: Processes | None = None,
 ) -> KMeansResult:
     """Cluster the rows that `blocks()` yields into k groups.
 
@@ -125,6 +126,8 @@ def fit_kmeans(
         then bit for bit those of a fit that was never broken off. The first process writes and reads them.
     stop
         Looked at between parts of the rows.
+    processes
+        Who has parts of the rows; None: the process group, where there is one.
 
     Returns
     -------
@@ -143,7 +146,7 @@ def fit_kmeans(
         raise InputError(f"K-means with k = {k} tells no patches apart; choose k of at least 2.")
     if metric not in ("l2", "cosine"):
         raise InputError(f"K-means cannot be fitted with metric {metric!r}; choose l2 or cosine.")
-    processes = Processes()
+    processes = processes or Processes()
     state = FitState(checkpoints, stop, processes, device)
     with PassProgress("patches", show=progress and processes.rank == 0) as bar:
         unit, look = metric == "cosine", state.look

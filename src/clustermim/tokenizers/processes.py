@@ -11,10 +11,15 @@ class Processes:
 
     Fabric, `torchrun` and SLURM make the group (gloo between CPUs, nccl between CUDA devices). All processes must call
     each method together; alone, a method costs nothing.
+
+    Parameters
+    ----------
+    alone
+        This process by itself, also where there is a group.
     """
 
-    def __init__(self) -> None:
-        self.together = distributed.is_available() and distributed.is_initialized()
+    def __init__(self, *, alone: bool = False) -> None:
+        self.together = not alone and distributed.is_available() and distributed.is_initialized()
         self.size = distributed.get_world_size() if self.together else 1
         self.rank = distributed.get_rank() if self.together else 0
 

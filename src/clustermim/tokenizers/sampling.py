@@ -84,8 +84,11 @@ class _Reservoir:
         return self.rows[order], self.keys[order]
 
 
-def draw_sample(stream: RowStream, k: int, seed: int, size: int | None) -> Sample:
+def draw_sample(stream: RowStream, k: int, seed: int, size: int | None, a_cluster: int | None = None) -> Sample:
     """Pass over all rows once: draw the sample, count, measure, and look for bad values.
+
+    Where `size` is None the sample has `a_cluster` rows a cluster (None: 512), at least 131,072 in all, at most
+    `SAMPLE_BYTES` of them.
 
     Raises
     ------
@@ -101,7 +104,7 @@ def draw_sample(stream: RowStream, k: int, seed: int, size: int | None) -> Sampl
         first = stream.first_row + total
         if held is None:
             row_bytes = max(block.shape[1], 1) * block.element_size()
-            wanted = size or min(max(_LEAST, _A_CLUSTER * k), SAMPLE_BYTES // row_bytes)
+            wanted = size or min(max(_LEAST, (a_cluster or _A_CLUSTER) * k), SAMPLE_BYTES // row_bytes)
             held = _Reservoir(max(wanted, 2 * k), block)
         low, high = torch.aminmax(block)
         most = max(-float(low), float(high))

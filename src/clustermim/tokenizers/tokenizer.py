@@ -27,7 +27,7 @@ from clustermim.data.options import DataOptions
 from clustermim.data.views import ViewConfig
 from clustermim.encoders.weights import fingerprint_of
 from clustermim.errors import InputError, nearest
-from clustermim.features.patches import PatchFeatures, check_divides, rebuild_features
+from clustermim.features.patches import PatchFeatures, check_divides
 from clustermim.runs import atomic_save, atomic_write
 from clustermim.tokenizers.codebook import Codebook
 from clustermim.tokenizers.twolevel import TwoLevelCodebook
@@ -36,7 +36,7 @@ Module = TypeVar("Module", bound=nn.Module)
 
 # kind -> class; imported on first use
 KINDS = {
-    "kmeans": "clustermim.tokenizers.tokenizer:KMeansTokenizer",
+    "kmeans": "clustermim.tokenizers.clustered:KMeansTokenizer",
     "aligned": "clustermim.tokenizers.aligned:AlignedTokenizer",
     "vqvae": "clustermim.tokenizers.vqvae.tokenizer:VQVAETokenizer",
     "random-centroids": "clustermim.tokenizers.controls:RandomCentroidsTokenizer",
@@ -320,48 +320,6 @@ class Tokenizer(
             where = {key: options[key] for key in wanted if key in options}
             files = {name: Path(hf_hub_download(model_id, name, **where)) for name in (_CONFIG, _WEIGHTS)}
         return _read(files[_CONFIG], files[_WEIGHTS], model_id)
-
-
-class KMeansTokenizer(Tokenizer):
-    """The id of the centroid nearest to a patch's features.
-
-    Parameters
-    ----------
-    config
-        Also holds ``features`` (their config), ``dim`` and ``metric``; on two levels ``levels`` (2), ``cells`` and
-        ``probes``.
-    features, codebook
-        The fitted parts; None to make empty ones, whose state is loaded afterwards.
-    """
-
-    kind = "kmeans"
-    features: PatchFeatures
-    codebook: Codebook
-
-    def __init__(
-        self, config: dict[str, Any], features: PatchFeatures | None = None, codebook: Codebook | None = None
-    ) -> None:
-        super().__init__(config)
-        self.features = rebuild_features(config["features"]) if features is None else features
-        self.codebook = self._empty() if codebook is None else codebook
-        self.requires_grad_(False).eval()
-
-    def _empty(self) -> Codebook:
-        """A codebook of the right sizes, whose state is loaded afterwards."""
-        k, dim, metric = self.vocab_size, int(self.config["dim"]), self.config["metric"]
-        if self.config.get("levels", 1) == 2:
-            return TwoLevelCodebook.empty(k, int(self.config["cells"]), dim, metric, int(self.config["probes"]))
-        return Codebook(torch.zeros(k, dim), metric)
-
-    def tokens(
-        self,
-        images: Float[Tensor, "b c h w"],
-        index: Int64[Tensor, " b"] | None,
-        labels: Int64[Tensor, " b"] | None,
-    ) -> Int64[Tensor, "b n"]:
-        """Describe, then look up."""
-        described = self.features(images)
-        return self.codebook.assign(described.flatten(0, 1)).view(described.shape[:2])
 
 
 def load_tokenizer(tokenizer: str | Path | Tokenizer) -> Tokenizer:

@@ -1,7 +1,7 @@
 """K-means on two levels, for vocabularies where a step of plain K-means would cost too much.
 
-1. K-means with about √K clusters over all rows: the cells.
-2. One more pass takes a seeded random sample; each cell gets its share of the K centroids.
+1. One pass takes a seeded random sample, counts the rows and looks for bad values (`sampling.py`).
+2. K-means of the sample with about √K clusters: the cells. Each cell gets its share of the K centroids.
 3. K-means inside each cell, on the cell's part of the sample.
 4. Lloyd passes over all rows, assigned by multi-probe search: centroids forget the walls between cells.
 
@@ -10,35 +10,39 @@ IEEE Trans. Inf. Theory 1982): if a cell of error e keeps e·k^(−2/d) of it wi
 k ∝ e^(d/(d+2)). The dimension d that counts is the data's, not the features'; patches behave like some ten.
 
 Sums are whole numbers (each value a multiple of a unit far below float32's own step), so neither the order nor the size
-of batches changes them, and memory depends on K and the sample, not on the number of rows.
+of batches changes them, and memory depends on K and the sample, not on the number of rows. Several processes share out
+the rows in the passes and the cells in between.
 """
 
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from functools import partial
-from typing import Any
 
 import torch
 from jaxtyping import Float, Float64, Int64
 from torch import Tensor
 
-from clustermim.data.counted import Stream, uniform
-from clustermim.errors import InputError, Stopped
+from clustermim.errors import InputError
 from clustermim.tokenizers.assigning import Assigner
 from clustermim.tokenizers.codebook import unit_rows
 from clustermim.tokenizers.kmeans import fit_kmeans
+from clustermim.tokenizers.lloyd import Progress, Step
 from clustermim.tokenizers.nearest import FitMetric
+from clustermim.tokenizers.processes import Processes
 from clustermim.tokenizers.progress import PassProgress
-from clustermim.tokenizers.streams import Blocks
+from clustermim.tokenizers.sampling import draw_sample
+from clustermim.tokenizers.state import FitState
+from clustermim.tokenizers.streams import Blocks, RowStream, row_hash
 from clustermim.tokenizers.twolevel import DEFAULT_PROBES, TwoLevelCodebook
+from clustermim.training.checkpoints import Checkpoints
 from clustermim.training.launch import StopRequest
 
 TWO_LEVELS_FROM = 8193
 """Vocabulary from which two levels are the default: a patch is then compared with a twentieth of the centroids."""
 
-_SAMPLE_BYTES = 1 << 29
+_A_CLUSTER = 64  # rows of the sample
 _BLOCK_ROWS, _BLOCK_NUMBERS = 1 << 17, 1 << 23
+_CELLS_TOL, _CELLS_PASSES = 1e-2, 3  # where cells begin and end matters little
 _DIMENSION = 10.0
 _CELL_PASSES = 10  # Lloyd steps inside a cell, at most, after those on its growing samples
 _CELL_TOL = 2e-3
@@ -66,7 +70,7 @@ class TwoLevelResult:
     counts: Tensor
     inertia: float
     num_rows: int
-    history: list[dict[str, float | int | str]] = field(default_factory=list)
+    history: list[Step] = field(default_factory=list)
 
 
 def fit_two_levels(
@@ -80,9 +84,15 @@ def fit_two_levels(
     refinements: int = 1,
     sample_size: int | None = None,
     progress: bool = False,
+    first_row: int = 0,
+    device: str | torch.device = "cpu",
+    checkpoints: Checkpoints | None = None,
     stop: StopRequest | None = None,
 ) -> TwoLevelResult:
     """Cluster the rows that `blocks()` yields into k groups, in about √k cells.
+
+    Where a process group of `torch.distributed` exists, all its processes call this together, each with its own part of
+    the rows, and all get the same result.
 
     Parameters
     ----------
@@ -104,8 +114,8 @@ def fit_two_levels(
         Rows held in memory to fill the cells; None takes 64 a cluster, at most 512 MB of them.
     progress
         Show a bar on stderr.
-    stop
-        Looked at between parts of the rows. There are no checkpoints: what was stopped starts again.
+    first_row, device, checkpoints, stop
+        As for `fit_kmeans`; a checkpoint is written when the cells are filled, and after each pass that follows.
 
     Returns
     -------
@@ -122,24 +132,36 @@ def fit_two_levels(
     """
     wanted = round(math.sqrt(k)) if cells is None else cells
     check_levels("kmeans", k, 2, probes, wanted)
-    common: dict[str, Any] = {"metric": metric, "n_init": 1}
-    watched = partial(_watched, blocks, stop)
-    coarse = fit_kmeans(watched, wanted, seed=seed, max_passes=3, tol=1e-2, progress=progress, **common)
-    with PassProgress("patches", show=progress) as bar:
-        rows = _Rows(watched, metric, coarse.num_rows, bar)
-        sample = _sample(rows, k, seed, sample_size)
-        centroids, cell_centroids, offsets = _fill(sample, coarse.centroids, k, seed, bar, common)
-        used = min(DEFAULT_PROBES if probes is None else probes, len(cell_centroids))
-        codebook = TwoLevelCodebook(centroids, cell_centroids, offsets, metric, used)
-        history: list[dict[str, float | int | str]] = []
-        for step in range(refinements + 1):
-            found = _add_up(rows, codebook, f"K-means on two levels, full pass {step + 1}")
+    processes = Processes()
+    state = FitState(checkpoints, stop, processes, device)
+    with PassProgress("patches", show=progress and processes.rank == 0) as bar:
+        unit = metric == "cosine"
+        stream = RowStream(blocks, unit=unit, bar=bar, processes=processes, first_row=first_row, look=state.look)
+        if state.stage == "sample":
+            sample = draw_sample(stream, k, seed, sample_size, _A_CLUSTER)
+            state.measured(stream, in_memory=False)
+            rows = sample.gathered(len(sample)).float()
+            del sample
+            coarse = _find_cells(rows, wanted, metric, seed, processes)
+            centroids, coarse, offsets = _fill(rows, coarse, k, metric, seed, bar, processes)
+            del rows
+            state.facts |= {"coarse": coarse.cpu(), "offsets": offsets.cpu()}
+            state.keep("full", centroids)
+        else:
+            state.tell(stream)
+        parts = state.facts["coarse"].to(state.centroids.device), state.facts["offsets"].to(state.centroids.device)
+        used = min(DEFAULT_PROBES if probes is None else probes, len(parts[0]))
+        assert stream.num_rows is not None
+        while True:
+            step = state.progress.steps
+            codebook = TwoLevelCodebook(state.centroids, *parts, metric, used)
+            found = _add_up(stream, codebook)
             empty = int((found.counts == 0).sum())
-            mean = found.inertia / rows.num_rows
-            history.append({"stage": "full", "rows": rows.num_rows, "inertia": mean, "empty": empty})
-            if step < refinements:
-                codebook = TwoLevelCodebook(_means(codebook, found), cell_centroids, offsets, metric, used)
-    return TwoLevelResult(codebook, found.counts, found.inertia, rows.num_rows, history)
+            mean = found.inertia / stream.num_rows
+            state.history.append({"stage": "full", "rows": stream.num_rows, "inertia": mean, "empty": empty})
+            if step == refinements:
+                return TwoLevelResult(codebook, found.counts, found.inertia, stream.num_rows, state.history)
+            state.keep("full", _means(codebook, found), progress=Progress(steps=step + 1))
 
 
 def check_levels(kind: str, k: int, levels: int, probes: int | None, cells: int | None = None) -> None:
@@ -148,8 +170,8 @@ def check_levels(kind: str, k: int, levels: int, probes: int | None, cells: int 
     Raises
     ------
     InputError
-        Levels other than 1 and 2; two of them for a kind without K-means, for k < 4, or in a fit shared by several
-        processes; more cells or probes than there can be; or probes without two levels.
+        Levels other than 1 and 2; two of them for a kind without K-means, or for k < 4; more cells or probes than there
+        can be; or probes without two levels.
     """
     if levels not in (1, 2):
         raise InputError(f"A codebook has 1 or 2 levels, not {levels}.")
@@ -164,12 +186,6 @@ def check_levels(kind: str, k: int, levels: int, probes: int | None, cells: int 
         raise InputError(f"Tokenizers of kind {kind!r} have one level; leave --levels out.")
     if k < 4:
         raise InputError(f"K-means on two levels needs k of at least 4, not {k}; use --levels 1.")
-    if (
-        torch.distributed.is_available()
-        and torch.distributed.is_initialized()
-        and torch.distributed.get_world_size() > 1
-    ):
-        raise InputError("K-means on two levels runs in one process; use --devices 1, or --levels 1.")
     cells = round(math.sqrt(k)) if cells is None else cells
     if not 2 <= cells <= k // 2:
         raise InputError(f"A vocabulary of {k} on two levels needs 2 to {k // 2} cells, not {cells}.")
@@ -177,116 +193,65 @@ def check_levels(kind: str, k: int, levels: int, probes: int | None, cells: int 
         raise InputError(f"--probes {probes} is out of range: k = {k} has {cells} cells. Use 1 to {cells}.")
 
 
-def _watched(blocks: Blocks, stop: StopRequest | None) -> Iterator[Tensor]:
-    """The rows of a pass, until a stop is asked for."""
-    for block in blocks():
-        if stop is not None and stop.reason is not None:
-            if stop.interrupted:
-                raise KeyboardInterrupt
-            raise Stopped(
-                f"K-means on two levels was stopped {stop.reason}. It keeps no checkpoints: repeat the command with "
-                "--resume to start it again."
-            )
-        yield block
-
-
-class _Rows:
-    """The rows of each pass, of unit length for cosine, and what the first pass here learnt about them."""
-
-    def __init__(self, blocks: Blocks, metric: FitMetric, num_rows: int, bar: PassProgress) -> None:
-        self._blocks, self._unit, self._bar = blocks, metric == "cosine", bar
-        self.num_rows = num_rows
-        self.largest = 0.0  # absolute value
-
-    def __call__(self, what: str) -> Iterator[Tensor]:
-        """One pass, in blocks that are large enough to be sorted into cells."""
-        rows = 0
-        held: list[Tensor] = []
-        for block in self._bar.track(self._blocks(), what, self.num_rows):
-            block = block.float()
-            rows += len(block)
-            held.append(unit_rows(block) if self._unit else block)
-            if sum(map(len, held)) >= min(_BLOCK_ROWS, _BLOCK_NUMBERS // block.shape[1]):
-                yield torch.cat(held)
-                held = []
-        if held:
-            yield torch.cat(held)
-        if rows != self.num_rows:
-            raise InputError(f"The patches changed between two passes: {self.num_rows} at first, {rows} now.")
-
-
-def _sample(rows: _Rows, k: int, seed: int, size: int | None) -> Float[Tensor, "sample d"]:
-    """Rows whose hashed positions are small; where too few of them differ, with more that do in front."""
-    keep: list[Tensor] = []
-    start = 0
-    for block in rows("sampling the patches"):
-        wanted = size or min(64 * k, _SAMPLE_BYTES // (4 * block.shape[1]))
-        place = torch.arange(start, start + len(block), device=block.device)
-        keep.append(block[uniform(seed, Stream.SAMPLE, place) < max(wanted, 2 * k) / rows.num_rows])
-        rows.largest = max(rows.largest, float(block.abs().max()) if len(block) else 0.0)
-        start += len(block)
-    sample = torch.cat(keep)
-    if len(torch.unique(_keys(sample))) >= k:
-        return sample
-    seen = torch.empty(0, dtype=torch.float64, device=sample.device)
-    fresh: list[Tensor] = []
-    for block in rows("looking for more distinct patches"):
-        key = _keys(block)
-        order = key.argsort(stable=True)
-        first = torch.ones(len(key), dtype=torch.bool, device=key.device)
-        first[1:] = key[order[1:]] != key[order[:-1]]
-        new = order[first][~torch.isin(key[order[first]], seen)].sort().values
-        fresh.append(block[new])
-        seen = torch.cat([seen, key[new]])
-        if len(seen) >= k:
-            return torch.cat([*fresh, sample])
-    raise InputError(
-        f"k = {k} is more than there are distinct patches: {len(seen)} among {rows.num_rows}. "
-        f"Choose k of at most {len(seen)}, a larger patch side, or data with more variety."
-    )
-
-
-def _keys(rows: Float[Tensor, "n d"]) -> Float64[Tensor, " n"]:
-    """One number a row: the same for equal rows, and for different ones hardly ever."""
-    weights = 1.0 + uniform(1, Stream.SAMPLE, torch.arange(rows.shape[1], device=rows.device)).double()
-    return torch.cat([(part.double() * weights).sum(1) for part in torch.split(rows + 0.0, 1 << 14)])
+def _find_cells(
+    rows: Float[Tensor, "n d"], cells: int, metric: FitMetric, seed: int, processes: Processes
+) -> Float[Tensor, "c d"]:
+    """K-means of the sample, a part of which each process takes."""
+    first, last = (len(rows) * rank // processes.size for rank in (processes.rank, processes.rank + 1))
+    return fit_kmeans(
+        lambda: iter([rows[first:last]]),
+        cells,
+        metric=metric,
+        seed=seed,
+        n_init=1,
+        max_passes=_CELLS_PASSES,
+        tol=_CELLS_TOL,
+        first_row=first,
+    ).centroids
 
 
 def _fill(
     sample: Float[Tensor, "n d"],
     coarse: Float[Tensor, "c d"],
     k: int,
+    metric: FitMetric,
     seed: int,
     bar: PassProgress,
-    common: dict[str, Any],
+    processes: Processes,
 ) -> tuple[Float[Tensor, "k d"], Float[Tensor, "c2 d"], Int64[Tensor, " c3"]]:
-    """K-means in each cell that holds rows of the sample: centroids, the cells' own, and the cells' bounds."""
-    metric = common["metric"]
+    """K-means in each cell that holds rows of the sample: centroids, the cells' own, and the cells' bounds.
+
+    Processes take cells in turn.
+    """
     cell = Assigner(coarse, metric)(sample)
     order = cell.argsort(stable=True)
-    parts = torch.split(sample[order], torch.bincount(cell, minlength=len(coarse)).tolist())
+    parts = torch.split(order, torch.bincount(cell, minlength=len(coarse)).tolist())
     held = [index for index, part in enumerate(parts) if len(part)]
-    error = torch.tensor([float((parts[i] - coarse[i]).double().square().sum()) for i in held], dtype=torch.float64)
-    distinct = torch.tensor([len(torch.unique(_keys(parts[i]))) for i in held])
+    error = torch.tensor([float((sample[parts[i]] - coarse[i]).double().square().sum()) for i in held]).double()
+    distinct = torch.tensor([len(torch.unique(row_hash(sample[parts[i]]))) for i in held])
     shares = share_out(k, error.pow(_DIMENSION / (_DIMENSION + 2.0)), distinct).tolist()
-    found: list[Tensor] = []
-    filled = [parts[index] for index in held]
-    for index, (part, share) in enumerate(zip(bar.track(filled, "filling cells", len(sample)), shares, strict=True)):
-        if share == 1:
-            mean = part.double().mean(0, keepdim=True).float()
-            found.append(unit_rows(mean) if metric == "cosine" else mean)
+    offsets = torch.tensor([0, *shares]).cumsum(0)
+    centroids = torch.zeros(k, sample.shape[1], device=sample.device)
+    turn = list(range(processes.rank, len(held), processes.size))
+    mine = (sample[parts[held[index]]] for index in turn)
+    for index, rows in zip(turn, bar.track(mine, "filling cells", len(sample) // processes.size), strict=True):
+        here = centroids[offsets[index] : offsets[index + 1]]
+        if shares[index] == 1:
+            mean = rows.double().mean(0, keepdim=True).float()
+            here.copy_(unit_rows(mean) if metric == "cosine" else mean)
             continue
-        fitted = fit_kmeans(
-            lambda part=part: iter([part]),  # type: ignore[misc]
-            share,
+        found = fit_kmeans(
+            lambda rows=rows: iter([rows]),  # type: ignore[misc]
+            shares[index],
+            metric=metric,
             seed=seed + index,
+            n_init=1,
             max_passes=_CELL_PASSES,
             tol=_CELL_TOL,
-            **common,
+            processes=Processes(alone=True),
         )
-        found.append(fitted.centroids)
-    offsets = torch.tensor([0, *shares]).cumsum(0)
-    return torch.cat(found), coarse[held], offsets.to(sample.device)
+        here.copy_(found.centroids)
+    return processes.add(centroids), coarse[held], offsets.to(sample.device)
 
 
 def share_out(k: int, weights: Float64[Tensor, " c"], most: Int64[Tensor, " c"]) -> Int64[Tensor, " c"]:
@@ -315,21 +280,39 @@ class _Sums:
     inertia: float
 
 
-def _add_up(rows: _Rows, codebook: TwoLevelCodebook, what: str) -> _Sums:
+def _add_up(stream: RowStream, codebook: TwoLevelCodebook) -> _Sums:
     """Assign every row once and add up the clusters."""
     where = torch.device("cpu") if codebook.centroids.device.type == "mps" else codebook.centroids.device
-    scale = 2.0 ** min(62 - math.ceil(math.log2(max(rows.largest * rows.num_rows, 1e-30))), 100)
+    assert stream.num_rows is not None
+    scale = 2.0 ** min(62 - math.ceil(math.log2(max(stream.largest * stream.num_rows, 1e-30))), 100)
     sums = torch.zeros(codebook.size, codebook.dim, dtype=torch.int64, device=where)
     counts = torch.zeros(codebook.size, dtype=torch.int64, device=where)
-    inertia = 0.0
-    for block in rows(what):
+    inertia, rows = torch.zeros(1, dtype=torch.float64), 0
+    for block in _large(stream):
         ids = codebook.assign(block)
         exact = block.to(where).double()
-        inertia += float((exact - codebook.centroids[ids].to(where).double()).square().sum())
+        inertia += (exact - codebook.centroids[ids].to(where).double()).square().sum().cpu()
         ids = ids.to(where)
         sums.index_add_(0, ids, exact.mul_(scale).round_().long())
         counts += torch.bincount(ids, minlength=codebook.size)
-    return _Sums(sums.double() / scale, counts, inertia)
+        rows += len(block)
+    others = stream.processes
+    rows = sum(others.sizes(rows))
+    if rows != stream.num_rows:
+        raise InputError(f"The patches changed between two passes: {stream.num_rows} at first, {rows} now.")
+    return _Sums(others.add(sums).double() / scale, others.add(counts), float(others.add(inertia)))
+
+
+def _large(stream: RowStream) -> Iterator[Float[Tensor, "n d"]]:
+    """One pass, in blocks that are large enough to be sorted into cells."""
+    held: list[Tensor] = []
+    for block in stream():
+        held.append(block.float())
+        if sum(map(len, held)) >= min(_BLOCK_ROWS, _BLOCK_NUMBERS // block.shape[1]):
+            yield torch.cat(held)
+            held = []
+    if held:
+        yield torch.cat(held)
 
 
 def _means(codebook: TwoLevelCodebook, found: _Sums) -> Float[Tensor, "k d"]:

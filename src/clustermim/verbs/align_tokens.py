@@ -23,8 +23,9 @@ from clustermim.scoring.folds import ImagePlan, plan_images
 from clustermim.scoring.stream import count_stream
 from clustermim.scoring.tcas import score_counts
 from clustermim.tokenizers.aligned import AlignedTokenizer, merge_vocabulary
+from clustermim.tokenizers.clustered import KMeansTokenizer
 from clustermim.tokenizers.fitting import fit
-from clustermim.tokenizers.tokenizer import KMeansTokenizer, Tokenizer
+from clustermim.tokenizers.tokenizer import Tokenizer
 from clustermim.training.checkpoints import Checkpoints
 
 MOST_JUDGED = 10_000
