@@ -35,6 +35,7 @@ _API = {
     "export_encoder": "clustermim.verbs.export_run",
     "import_checkpoint": "clustermim.verbs.import_file",
     "demo": "clustermim.verbs.run_demo",
+    "study": "clustermim.studies.command",
 }
 
 __all__ = [
@@ -62,6 +63,7 @@ __all__ = [
     "score_tokens",
     "show",
     "show_tokenizer",
+    "study",
     "tcas",
     "tokenize",
 ]
@@ -75,6 +77,7 @@ if TYPE_CHECKING:
     from clustermim.mim.model import MaskedImageModel
     from clustermim.scoring.graph import augmentation_spectrum
     from clustermim.scoring.tcas import TokenScore, score_tokens
+    from clustermim.studies.command import study
     from clustermim.tokenizers.tokenizer import Tokenizer, load_tokenizer
     from clustermim.verbs.embed_images import embed
     from clustermim.verbs.export_run import export_encoder

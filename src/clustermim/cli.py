@@ -21,22 +21,32 @@ from clustermim import __version__
 from clustermim.errors import ClusterMIMError, InputError, nearest
 
 _VERBS = {
-    "demo": ("run_demo:demo", "The whole idea on embedded images, in about two minutes."),
-    "tokenize": ("tokenize_images:tokenize", "Write the token ids of every image of a data set."),
-    "tcas": ("score:tcas", "Score tokenizers with labelled images, before any training."),
-    "graph": ("graph_spectrum:graph", "The augmentation graph of masked images, with tokens and without."),
-    "pretrain": ("pretrain_encoder:pretrain", "Pretrain a ViT by masked image modelling."),
-    "show": ("show_run:show", "What an encoder sees, as pictures and one page."),
-    "export": ("export_run:export_encoder", "Give an encoder to timm, transformers, ONNX or code in MAE's layout."),
-    "import": ("import_file:import_checkpoint", "Make a run of a checkpoint of MAE, DINO, iBOT, BEiT or timm."),
-    "probe": ("probe_encoders:probe", "Judge encoders: k-NN, linear, few-shot, retrieval, clustering and more."),
-    "finetune": ("finetune_encoder:finetune", "Train an encoder and a classifier together, and judge the two."),
-    "embed": ("embed_images:embed", "Write the features of every image to a file."),
+    "demo": ("verbs.run_demo:demo", "The whole idea on embedded images, in about two minutes."),
+    "study": (
+        "studies.command:study",
+        "A grid of targets scored, trained, judged: which one, and did a score foretell it?",
+    ),
+    "tokenize": ("verbs.tokenize_images:tokenize", "Write the token ids of every image of a data set."),
+    "tcas": ("verbs.score:tcas", "Score tokenizers with labelled images, before any training."),
+    "graph": ("verbs.graph_spectrum:graph", "The augmentation graph of masked images, with tokens and without."),
+    "pretrain": ("verbs.pretrain_encoder:pretrain", "Pretrain a ViT by masked image modelling."),
+    "show": ("verbs.show_run:show", "What an encoder sees, as pictures and one page."),
+    "export": (
+        "verbs.export_run:export_encoder",
+        "Give an encoder to timm, transformers, ONNX or code in MAE's layout.",
+    ),
+    "import": ("verbs.import_file:import_checkpoint", "Make a run of a checkpoint of MAE, DINO, iBOT, BEiT or timm."),
+    "probe": ("verbs.probe_encoders:probe", "Judge encoders: k-NN, linear, few-shot, retrieval, clustering and more."),
+    "finetune": ("verbs.finetune_encoder:finetune", "Train an encoder and a classifier together, and judge the two."),
+    "embed": ("verbs.embed_images:embed", "Write the features of every image to a file."),
 }
 _TOKENIZER_VERBS = {
-    "fit": ("tokenizer_fit:fit_tokenizer", "Fit a tokenizer to a data set, or make a control."),
-    "import": ("tokenizer_import:import_tokenizer", "Make a tokenizer of centroids that were clustered elsewhere."),
-    "show": ("tokenizer_show:show_tokenizer", "Vocabulary and token maps as pictures."),
+    "fit": ("verbs.tokenizer_fit:fit_tokenizer", "Fit a tokenizer to a data set, or make a control."),
+    "import": (
+        "verbs.tokenizer_import:import_tokenizer",
+        "Make a tokenizer of centroids that were clustered elsewhere.",
+    ),
+    "show": ("verbs.tokenizer_show:show_tokenizer", "Vocabulary and token maps as pictures."),
 }
 
 
@@ -72,7 +82,7 @@ def build_app() -> App:
     tokenizer = App(name="tokenizer", help="Fit or import tokenizers, and look at them.")
     for parent, verbs in ((app, _VERBS), (tokenizer, _TOKENIZER_VERBS)):
         for name, (target, summary) in verbs.items():
-            parent.command(f"clustermim.verbs.{target}", name=name, help=summary)
+            parent.command(f"clustermim.{target}", name=name, help=summary)
         if parent is app:
             app.command(tokenizer)
 

@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
@@ -20,6 +20,9 @@ from clustermim.errors import InputError
 from clustermim.runs import atomic_save
 
 Layers = Literal["last", "all"]
+Which = Layers | tuple[int, ...]
+"""Or the numbers of the layers themselves."""
+
 Vectors = dict[tuple[int, str], Float[Tensor, "n d"]]
 """(layer, pool) -> one float32 vector an image, on the CPU; the width may differ from layer to layer."""
 
@@ -37,7 +40,7 @@ class FeatureCache:
 
     folder: Path
 
-    def path(self, encoder: Encoder, loader: Loader, layers: Layers, data_fingerprint: str) -> Path:
+    def path(self, encoder: Encoder, loader: Loader, layers: Which, data_fingerprint: str) -> Path:
         """Where these features lie or would lie: whatever they depend on is in the name."""
         facts = {
             "encoder": fingerprint(encoder),
@@ -93,7 +96,7 @@ def _is_plain(value: Any) -> bool:
 def extract(
     encoder: Encoder,
     loader: Loader,
-    layers: Layers = "last",
+    layers: Which = "last",
     *,
     cache: FeatureCache | None = None,
     data_fingerprint: str = "",
@@ -109,7 +112,7 @@ def extract(
     loader
         With `train=False`; of the rank and world size of `fabric`, if there is one.
     layers
-        `last`, or `all` of them.
+        `last`, `all` of them, or the numbers of some.
     cache
         Where to look first, and where to leave the features.
     data_fingerprint
@@ -153,8 +156,10 @@ def extract(
     return vectors
 
 
-def chosen_layers(encoder: Encoder, layers: Layers) -> range:
+def chosen_layers(encoder: Encoder, layers: Which) -> Sequence[int]:
     """Numbers of the layers that are judged."""
+    if isinstance(layers, tuple):
+        return layers
     return range(encoder.depth) if layers == "all" else range(encoder.depth - 1, encoder.depth)
 
 

@@ -164,7 +164,7 @@ def _training_patches(
     train: ImageSource,
     masks: MaskImages,
     grid: tuple[int, int],
-    which: range,
+    which: Sequence[int],
     setting: Setting,
     seed: int,
 ) -> tuple[dict[int, Tensor], Tensor, Tensor]:
@@ -201,7 +201,7 @@ def _patch_classes(mask: Int64[Tensor, "h w"], grid: tuple[int, int]) -> Int64[T
 
 
 def _segment(
-    encoder: Encoder, loader: Loader, judges: dict[tuple[int, str], Any], grid: tuple[int, int], which: range
+    encoder: Encoder, loader: Loader, judges: dict[tuple[int, str], Any], grid: tuple[int, int], which: Sequence[int]
 ) -> dict[tuple[int, str], Tensor]:
     """The class of each pixel of each test view, by each judge."""
     found: dict[tuple[int, str], list[Tensor]] = {key: [] for key in judges}

@@ -112,7 +112,7 @@ def evaluate(
     check_train(train, protocols, options)
     view = view_for(encoder, train.view)
     encoder = encoder.to(setting.device).eval()
-    with _exact():
+    with exact_products():
         vectors = _features(encoder, train, view, setting, train.fingerprint())
         judges = fit_judges(vectors, train, protocols, options, setting, encoder=encoder, view=view)
         test_vectors = _features(encoder, sealed.images, view, setting, sealed.fingerprint)
@@ -337,7 +337,7 @@ def _features(
     )
 
 
-class _exact:
+class exact_products:
     """Matrix products in full float32 meanwhile: neighbours and optima must not depend on TensorFloat-32."""
 
     def __enter__(self) -> None:

@@ -1,6 +1,6 @@
 """Probes that are trained by gradient on fresh views: the encoder is frozen, its outputs are made anew each epoch."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -24,7 +24,7 @@ class Course:
     train: ImageSource
     """Labelled."""
     view: ViewConfig
-    which: range
+    which: Sequence[int]
     """Layers that are judged."""
     num_classes: int
     validation: Bool[Tensor, " n"]

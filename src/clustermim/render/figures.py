@@ -90,6 +90,55 @@ def loss_curves(curves: Sequence[Curve], *, x_label: str = "epoch") -> Figure:
         return figure
 
 
+@dataclass(frozen=True, kw_only=True)
+class Band:
+    """One line of a sweep with the ends of its band, and what stands at its points."""
+
+    name: str
+    x: Sequence[float]
+    y: Sequence[float]
+    low: Sequence[float]
+    high: Sequence[float]
+
+
+def band_chart(
+    bands: Sequence[Band], *, x_label: str, y_label: str, levels: Mapping[str, float] | None = None, log: bool = False
+) -> Figure:
+    """Lines with bands over a common axis; `levels` are drawn as dotted lines from side to side.
+
+    Parameters
+    ----------
+    bands
+        The lines.
+    x_label, y_label
+        What the axes are.
+    levels
+        Name -> value of what has no place on the axis.
+    log
+        Whether the x axis is logarithmic; its ticks are then the points themselves.
+    """
+    with matplotlib.rc_context(_STYLE):
+        rows = len(bands) + len(levels or {})
+        figure = _blank(360, 230 + 16 * ((rows + 1) // 2))
+        axes = figure.subplots()
+        for i, band in enumerate(bands):
+            colour = light(SERIES[i % len(SERIES)])
+            axes.fill_between(band.x, band.low, band.high, color=colour, alpha=0.18, linewidth=0)
+            axes.plot(band.x, band.y, color=colour, marker="osD^v"[i % 5], markersize=4.5, label=band.name)
+        for i, (name, value) in enumerate((levels or {}).items()):
+            style = [(0, (1, 1.5)), (0, (4, 2)), (0, (6, 2, 1, 2))][i % 3]
+            axes.axhline(value, color=light("muted"), linestyle=style, linewidth=1.3, label=name)
+        if log:
+            axes.set_xscale("log")
+            ticks = sorted({x for band in bands for x in band.x})
+            axes.set_xticks(ticks, [f"{x:,.0f}" for x in ticks])
+            axes.minorticks_off()
+        axes.set_xlabel(x_label)
+        axes.set_ylabel(y_label)
+        figure.legend(loc="outside lower left", ncols=2, handletextpad=0.4, columnspacing=1.0)
+        return figure
+
+
 def interval_chart(points: Sequence[Point], *, x_label: str, zero: bool = True) -> Figure:
     """One row a point, the first at the top: a dot at its value over a line for its interval."""
     with matplotlib.rc_context(_STYLE):

@@ -15,6 +15,7 @@ from typing import Any, Literal
 from matplotlib.figure import Figure
 
 from clustermim.render.figures import inline_svg
+from clustermim.render.scatter import SCATTER_SCRIPT, SCATTER_STYLE, Axis, ScatterPoint, scatter_html
 from clustermim.render.sheets import Tile, png
 from clustermim.render.style import SCRIPT, style
 
@@ -85,9 +86,27 @@ class Section:
         caption: str,
         muted: Sequence[int] = (),
         sortable: bool = True,
+        filterable: bool = False,
     ) -> None:
-        """A table; the first column names the row. Rows whose index is in `muted` are there for comparison only."""
-        self._parts.append(_table(columns, rows, caption, frozenset(muted), sortable))
+        """A table; the first column names the row. Rows whose index is in `muted` are there for comparison only.
+
+        With `filterable`, a field above it keeps the rows that hold each of the words typed there.
+        """
+        table = _table(columns, rows, caption, frozenset(muted), sortable)
+        if filterable:
+            self._charts += 1
+            name = f"{self.identity}-filter-{self._charts}"
+            table = (
+                f'<div class="filtered"><p class="filter"><label for="{name}">Show rows with '
+                f'<input type="search" id="{name}" autocomplete="off"></label> '
+                f'<output for="{name}">{len(rows)} rows</output></p>{table}</div>'
+            )
+        self._parts.append(table)
+
+    def scatter(self, points: Sequence[ScatterPoint], xs: Sequence[Axis], ys: Sequence[Axis], *, caption: str) -> None:
+        """A scatter plot whose axes the reader picks; see `render.scatter`."""
+        self._charts += 1
+        self._parts.append(scatter_html(f"{self.identity}-scatter-{self._charts}", points, xs, ys, caption))
 
     def commands(self, commands: Sequence[tuple[str, str]]) -> None:
         """What to type, each with a sentence on what it does."""
@@ -145,10 +164,10 @@ class Page:
             '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
             f"<title>{html.escape(self.title)}</title>\n"
             # An empty icon of its own keeps the browser from asking for one.
-            f'<link rel="icon" href="data:,">\n<style>{style()}</style>\n</head>\n<body>\n'
+            f'<link rel="icon" href="data:,">\n<style>{style()}{SCATTER_STYLE}</style>\n</head>\n<body>\n'
             '<a class="skip" href="#main">To the content</a>\n<div class="page">\n'
             f"<header>\n<h1>{_marked(self.title)}</h1>\n{lead}\n{nav}\n</header>\n"
-            f'<main id="main">\n{body}\n</main>\n</div>\n<script>{SCRIPT}</script>\n</body>\n</html>\n'
+            f'<main id="main">\n{body}\n</main>\n</div>\n<script>{SCRIPT}{SCATTER_SCRIPT}</script>\n</body>\n</html>\n'
         )
 
 

@@ -110,4 +110,18 @@ for (const table of document.querySelectorAll("table[data-sortable]")) {
     });
   }
 }
+for (const box of document.querySelectorAll(".filtered")) {
+  const field = box.querySelector("input"), count = box.querySelector("output");
+  const rows = [...box.querySelector("tbody").rows];
+  field.addEventListener("input", () => {
+    const words = field.value.toLowerCase().split(/\\s+/).filter(Boolean);
+    let shown = 0;
+    for (const row of rows) {
+      const text = row.textContent.toLowerCase();
+      row.hidden = !words.every((word) => text.includes(word));
+      shown += !row.hidden;
+    }
+    count.textContent = shown === rows.length ? `${shown} rows` : `${shown} of ${rows.length} rows`;
+  });
+}
 """

@@ -212,11 +212,7 @@ def pretrain(
         pixel={"norm_pix": None if norm_pix else norm_pix},
         feature={"features": features, "feature_norm": feature_norm},
     )
-    if predict_ratio < 1.0 and decoder != "cross":
-        raise InputError(
-            f"--predict-ratio {predict_ratio} needs --decoder cross: elsewhere mask tokens see each other, so "
-            "leaving some out changes what is predicted of the rest."
-        )
+    check_predict_ratio(predict_ratio, decoder)
     tokens = load_tokenizer(tokenizer) if target == "token" and tokenizer is not None else None
     source = open_source(data, options if tokens is None else tokens.fill_options(options))
     view = source.view
@@ -348,3 +344,18 @@ def pretrain(
         plain = {key: value for key, value in settings.items() if value is not None}
         run = RunDirectory(out, KIND, plain, resume=resume, volatile=_VOLATILE, mendable=_MENDABLE)
         return carry_out(fabric, built, wanted, (source, view), config, run, facts, (workers, resident, max_minutes))
+
+
+def check_predict_ratio(predict_ratio: float, decoder: DecoderKind) -> None:
+    """Refuse to predict a part of the hidden patches where that changes what is predicted of the rest.
+
+    Raises
+    ------
+    InputError
+        The decoder lets mask tokens see each other.
+    """
+    if predict_ratio < 1.0 and decoder != "cross":
+        raise InputError(
+            f"--predict-ratio {predict_ratio} needs --decoder cross: elsewhere mask tokens see each other, so "
+            "leaving some out changes what is predicted of the rest."
+        )

@@ -1,0 +1,66 @@
+"""A study that takes seconds: sixty images of three classes, two tokenizers, four targets."""
+
+import copy
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import yaml
+
+from clustermim.studies.doing import Bench
+from clustermim.studies.folder import StudyFolder
+from clustermim.studies.opening import Sources
+from clustermim.studies.pieces import Plan
+from clustermim.studies.planning import make_plan
+from clustermim.studies.recipe import Recipe, parse_recipe
+from clustermim.studies.working import work
+from clustermim.training.launch import StopRequest
+
+
+def write_images(folder: Path, *, count: int = 60, size: int = 8, channels: int = 1, labels: bool = True) -> Path:
+    """Noise on a bright row, column or square, by class."""
+    generator = np.random.default_rng(0)
+    y = np.arange(count) % 3
+    x = generator.integers(0, 90, (count, size, size, channels), dtype=np.uint8)
+    half = size // 2
+    x[y == 0, half] += 120
+    x[y == 1, :, half] += 120
+    x[y == 2, :half, :half] += 120
+    folder.mkdir(parents=True, exist_ok=True)
+    file = folder / ("images.npz" if labels else "unlabelled.npz")
+    np.savez(file, **{"x": x, "y": y} if labels else {"x": x})
+    return file
+
+
+def small_recipe(source: Path, **changes: Any) -> dict[str, Any]:
+    """Values of a recipe, with some keys replaced."""
+    values: dict[str, Any] = {
+        "title": "small",
+        "data": {"tiny": {"source": str(source), "flip": False, "crop_scale": [0.8, 1.0]}},
+        "patch_size": 2,
+        "tokenizers": {"pixel": {"k": [4, 8], "max_passes": 2, "n_init": 1}},
+        "controls": ["identity"],
+        "targets": {"clustermim": {"tokenizer": "*"}, "mae": {"target": "pixel"}},
+        "pretrain": {"model": "vit_micro", "epochs": 1, "batch_size": 16, "lr": [1e-3]},
+        "score": {"bootstrap": 0, "graph_images": 20, "graph_masks": 2},
+        "floors": ["raw-pixels"],
+    }
+    return copy.deepcopy(values | changes)
+
+
+def planned(values: Mapping[str, Any]) -> tuple[Recipe, Sources, Plan]:
+    """Parsed, opened, planned."""
+    recipe = parse_recipe(values)
+    sources = Sources(recipe.data)
+    return recipe, sources, make_plan(recipe, sources)
+
+
+def run_here(values: Mapping[str, Any], out: Path) -> tuple[Recipe, Sources, Plan, StudyFolder]:
+    """Do every piece in this process."""
+    recipe, sources, plan = planned(values)
+    folder = StudyFolder(out)
+    folder.check(resume=True)
+    folder.open(yaml.safe_dump(dict(values)), plan)
+    work(Bench(plan=plan, folder=folder, sources=sources, device="cpu"), StopRequest())
+    return recipe, sources, plan, folder
