@@ -18,15 +18,17 @@ from clustermim.studies.working import work
 from clustermim.training.launch import StopRequest
 
 
-def write_images(folder: Path, *, count: int = 60, size: int = 8, channels: int = 1, labels: bool = True) -> Path:
-    """Noise on a bright row, column or square, by class."""
+def write_images(
+    folder: Path, *, count: int = 60, size: int = 8, channels: int = 1, labels: bool = True, light: int = 120
+) -> Path:
+    """Noise on a row, column or square that is brighter by `light`, by class."""
     generator = np.random.default_rng(0)
     y = np.arange(count) % 3
-    x = generator.integers(0, 90, (count, size, size, channels), dtype=np.uint8)
+    x = generator.integers(0, 255 - light, (count, size, size, channels), dtype=np.uint8)
     half = size // 2
-    x[y == 0, half] += 120
-    x[y == 1, :, half] += 120
-    x[y == 2, :half, :half] += 120
+    x[y == 0, half] += light
+    x[y == 1, :, half] += light
+    x[y == 2, :half, :half] += light
     folder.mkdir(parents=True, exist_ok=True)
     file = folder / ("images.npz" if labels else "unlabelled.npz")
     np.savez(file, **{"x": x, "y": y} if labels else {"x": x})

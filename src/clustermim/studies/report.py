@@ -60,7 +60,7 @@ def build_report(
     page = Page(findings.title, lead=headline(findings, answers))
     pairs = list(dict.fromkeys((row.data, row.judged_on) for row in findings.runs))
     _targets(page.section("Which target to pretrain on"), findings, pairs)
-    if answers.ranked:
+    if any(row.accuracy for row in findings.runs) and any(token.scores for token in findings.tokens):
         _scores(page.section("Did a score foretell it?"), findings, answers, pairs)
     if answers.sweeps:
         _sweeps(page.section("Vocabulary size and mask ratio"), answers)
@@ -172,6 +172,11 @@ def _scores(section: Section, findings: Findings, answers: Answers, pairs: Seque
                 caption=f"Targets on {_where(data, judged_on)}: a score before training against accuracy after it. "
                 "Hollow: controls, and pixels and features counted as identity tokens.",
             )
+    if not answers.ranked:
+        section.paragraph(
+            "No ranking can be judged: it takes at least three targets that differ in their score and in accuracy."
+        )
+        return
     section.table(
         [
             Column(key="score_title", title="score", kind="text"),
