@@ -56,7 +56,7 @@ def search(kind: str, k: int, d: int, work: float, repeats: int) -> dict[str, An
     """One row of the table; `work` is the number of multiplications a run makes."""
     from clustermim.tokenizers.assigning import Assigner
 
-    n = min(max(int(work / (k * d)), 4096), 1 << 20)
+    n = min(max(int(work / (k * d)), 4096, 4 * k), 1 << 20)
     x, c = rows_and_centroids(kind, n, k, d)
     nearest = {name: Assigner(c, "l2", name) for name in ("float32", "bfloat16", "auto")}
     ids = {name: search(x) for name, search in nearest.items()}
