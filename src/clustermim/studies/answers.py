@@ -345,6 +345,23 @@ def floor_sentences(findings: Findings) -> list[str]:
     return told
 
 
+def prediction_sentences(findings: Findings, answers: Answers) -> list[str]:
+    """What the leading score foretold to be best, and what was."""
+    score = leading([t.scores for t in findings.tokens])
+    told = []
+    for one in answers.ranked:
+        if (one.score, one.protocol, one.scope) != (score, "linear", CHOICES) or one.regret is None:
+            continue
+        r = one.regret
+        right = (
+            "which it is" if r.points == 0 else f"but {r.best} is, by {r.points:.1f} points: the prediction **failed**"
+        )
+        told.append(
+            f"{score.title} foretold that {r.picked} would be best on {_place(one.data, one.judged_on)}, {right}."
+        )
+    return told
+
+
 def _signed(value: float | None, digits: int = 2) -> str:
     return "?" if value is None else f"{value:z.{digits}f}".replace("-", "−")
 

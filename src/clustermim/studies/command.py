@@ -24,6 +24,7 @@ from clustermim.studies.live import TITLES
 from clustermim.studies.opening import Sources
 from clustermim.studies.pieces import Plan
 from clustermim.studies.planning import make_plan
+from clustermim.studies.ranks import local_place, standing_alone
 from clustermim.studies.reading import read_recipe
 from clustermim.studies.recipe import parse_recipe
 from clustermim.studies.supervising import Crew, supervise, write_recipe
@@ -142,7 +143,7 @@ def study(
         Change single values: KEY=VALUE, with dots between nested keys, such as pretrain.epochs=1.
     jobs
         Processes on this machine that work side by side. Default: one for each GPU, without one up to four, each with
-        its share of the cores.
+        its share of the cores; one where torchrun or srun starts several copies of the command.
     device
         cpu, cuda or mps; auto takes the best there is.
     workers
@@ -185,10 +186,9 @@ def study(
     sources = Sources(parsed.data)
     plan = make_plan(parsed, sources)
     gpus = torch.cuda.device_count() if where == "cuda" else 0
-    count = jobs or gpus or min(4, os.cpu_count() or 1)
-    if where == "cuda" and jobs is None:
-        count = max(1, gpus)
-    cost = estimate_cost(plan, sources, folder, device=device, threads=max(1, (os.cpu_count() or 1) // count))
+    count = jobs or (1 if local_place() is not None else gpus or min(4, os.cpu_count() or 1))
+    with standing_alone():
+        cost = estimate_cost(plan, sources, folder, device=device, threads=max(1, (os.cpu_count() or 1) // count))
     if dry_run:
         return StudyResult(out=None, plan=plan, cost=cost, jobs=count, states=folder.states(plan))
     check_space(cost, folder, plan, count)

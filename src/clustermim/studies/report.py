@@ -8,7 +8,16 @@ from clustermim.data.sources import ImageSource
 from clustermim.errors import ClusterMIMError
 from clustermim.render.page import Column, Page, Section
 from clustermim.render.scatter import Axis, ScatterPoint
-from clustermim.studies.answers import CHOICES, Answers, Ranked, floor_sentences, headline, main_setting, pair_sentence
+from clustermim.studies.answers import (
+    CHOICES,
+    Answers,
+    Ranked,
+    floor_sentences,
+    headline,
+    main_setting,
+    pair_sentence,
+    prediction_sentences,
+)
 from clustermim.studies.charts import (
     CellSummary,
     accuracy_chart,
@@ -153,6 +162,8 @@ def _scores(section: Section, findings: Findings, answers: Answers, pairs: Seque
         "Spearman's ρ is 1 if a score puts the targets into the order that training finds, 0 if it knows nothing of "
         "it, −1 if it turns it round; scores that promise more when they are lower are turned first."
     )
+    for sentence in prediction_sentences(findings, answers):
+        section.paragraph(sentence)
     for data, judged_on in pairs:
         ranked = widest(answers, data, judged_on, "linear")
         if ranked:

@@ -18,6 +18,7 @@ from clustermim.runs import atomic_write
 from clustermim.studies.folder import SETTLED, State, StudyFolder
 from clustermim.studies.live import progress_table
 from clustermim.studies.pieces import Plan
+from clustermim.studies.ranks import local_place, without_ranks
 from clustermim.training.launch import StopRequest
 
 _LOOK = 0.5  # seconds between two looks at the folder
@@ -57,10 +58,10 @@ class Crew:
 
     def start(self, place: int) -> None:
         """Start the process of one place."""
-        environment = {**os.environ, "OMP_NUM_THREADS": str(self.threads), "OMP_WAIT_POLICY": "PASSIVE"}
+        environment = {**without_ranks(), "OMP_NUM_THREADS": str(self.threads), "OMP_WAIT_POLICY": "PASSIVE"}
         if self.gpus > 1:
             visible = os.environ.get("CUDA_VISIBLE_DEVICES", ",".join(map(str, range(self.gpus)))).split(",")
-            environment["CUDA_VISIBLE_DEVICES"] = visible[place % len(visible)]
+            environment["CUDA_VISIBLE_DEVICES"] = visible[(place + (local_place() or 0)) % len(visible)]
         words = [sys.executable, "-m", "clustermim.studies.worker", str(self.recipe), str(self.folder.path)]
         words += ["--device", self.device, "--threads", str(self.threads)]
         words += [] if self.workers is None else ["--workers", str(self.workers)]
