@@ -209,6 +209,7 @@ def test_no_space_for_the_plan_is_told_before_it_is_begun(
     file.write_text(yaml.safe_dump(small_recipe(source)))
     usage = type("Usage", (), {"free": 1000})
     monkeypatch.setattr(costing.shutil, "disk_usage", lambda path: usage)
+    monkeypatch.setattr(costing, "_measure", lambda *args: 1e10)
     with pytest.raises(InputError, match=r"the plan needs about 0\.\d GiB, and 0\.0 GiB are free"):
         study(str(file), out=tmp_path / "s", jobs=1, device="cpu")
     assert not (tmp_path / "s").exists()
