@@ -10,7 +10,7 @@ from lightning_fabric import Fabric
 
 from clustermim.data.loaders import Loader
 from clustermim.mim.contract import MaskedModel
-from clustermim.mim.pretraining import Masking, PretrainConfig, choose_attention, compiled, masked_loss
+from clustermim.mim.pretraining import Masking, PretrainConfig, choose_kernels, compiled, masked_loss
 from clustermim.mim.targets import Target
 from clustermim.training.optimiser import make_adamw
 
@@ -37,7 +37,7 @@ def estimate(
     encoder = sum(p.numel() for p in model.encoder.parameters())
     everything = sum(p.numel() for p in model.parameters())
     masking = Masking(config, model.grid)
-    choose_attention(model, fabric)
+    choose_kernels(model, fabric, compile=config.compile)
     optimiser: Any = make_adamw(model, lr=1e-6)
     forward, optimiser = fabric.setup(compiled(model) if config.compile else model, optimiser)
     fabric.to_device(target)

@@ -14,6 +14,7 @@ from clustermim.data.loaders import Batch, Loader
 from clustermim.data.masks import block_masks, hidden_count, part_of_masks, random_masks
 from clustermim.errors import InputError, nearest
 from clustermim.mim.contract import MaskedModel
+from clustermim.mim.lean_blocks import make_lean
 from clustermim.mim.targets import Target, TargetLoss
 from clustermim.runs import RunDirectory
 from clustermim.training.checkpoints import Checkpoints, Due, Interval
@@ -227,7 +228,7 @@ def train(
     total = steps * config.epochs
     peak, warmup = scaled_lr(config.base_lr, config.batch_size), round(config.warmup * total)
     masking = Masking(config, model.grid)
-    choose_attention(model, fabric)
+    choose_kernels(model, fabric, compile=config.compile)
     optimiser: Any = make_adamw(model, lr=peak, weight_decay=config.weight_decay)
     forward, optimiser = fabric.setup(compiled(model) if config.compile else model, optimiser)
     fabric.to_device(target)
@@ -298,9 +299,16 @@ def compiled(model: nn.Module) -> nn.Module:
     return found  # type: ignore[no-any-return]
 
 
-def choose_attention(model: nn.Module, fabric: Fabric) -> None:
-    """On a CPU in bfloat16, write attention out as products: PyTorch's fused backward is ten times slower there."""
-    if fabric.device.type == "cpu" and "bf16" in str(fabric.strategy.precision.precision):
+def choose_kernels(model: nn.Module, fabric: Fabric, *, compile: bool = False) -> None:
+    """On a CPU, compute blocks as `lean_blocks` does; where the compiler shall do it, only spare it a slow kernel.
+
+    PyTorch's fused attention has a backward pass in bfloat16 that is ten times slower there than plain products.
+    """
+    if fabric.device.type != "cpu":
+        return
+    if not compile:
+        make_lean(model)
+    elif "bf16" in str(fabric.strategy.precision.precision):
         for module in model.modules():
             if isinstance(module, Attention):
                 module.fused_attn = False  # type: ignore[misc]  # final only for TorchScript

@@ -1,0 +1,65 @@
+"""Lean blocks against timm's own: outputs and every gradient, in 64, 32 and 16 bits."""
+
+import copy
+
+import pytest
+import torch
+from timm.models.vision_transformer import Block
+
+from clustermim.mim.lean_blocks import LeanBlock, make_lean
+
+
+def pair(dtype=torch.float32, **options):
+    torch.manual_seed(0)
+    block = Block(24, 3, qkv_bias=True, **options).to(dtype)
+    with torch.no_grad():
+        for parameter in block.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    lean = copy.deepcopy(block)
+    assert make_lean(lean) == 1
+    assert isinstance(lean, LeanBlock)
+    return block, lean
+
+
+def results(block, x, autocast=False):
+    x = x.clone().requires_grad_()
+    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
+        out = block(x)
+    out.float().square().mean().backward()
+    return [out.detach(), x.grad, *(p.grad for p in block.parameters())]
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-12), (torch.float32, 1e-5)])
+@pytest.mark.parametrize("batch", [1, 6, 9])
+def test_output_and_every_gradient_are_timms(dtype, tolerance, batch):
+    block, lean = pair(dtype)
+    x = torch.randn(batch, 7, 24, dtype=dtype)
+    for one, two in zip(results(block, x), results(lean, x), strict=True):
+        torch.testing.assert_close(one, two, atol=tolerance, rtol=tolerance)
+
+
+def test_in_bf16_it_is_as_near_to_the_truth_as_timms():
+    block, lean = pair()
+    x = torch.randn(6, 7, 24)
+    exact = results(block, x)
+    block.zero_grad()
+    for truth, theirs, ours in zip(exact, results(block, x, True), results(lean, x, True), strict=True):
+        assert ours.dtype == torch.float32
+        assert (ours - truth).norm() <= 1.5 * (theirs.float() - truth).norm() + 1e-3 * truth.norm()
+        assert (ours - truth).norm() <= 0.03 * truth.norm() + 1e-4
+
+
+def test_frozen_parameters_and_inference():
+    block, lean = pair()
+    x = torch.randn(2, 5, 24)
+    with torch.no_grad():
+        assert torch.equal(block(x), lean(x))
+    lean.requires_grad_(False)
+    assert not lean(x).requires_grad
+
+
+def test_other_blocks_stay_as_they_are():
+    for options in ({"init_values": 0.1}, {"qk_norm": True}, {"drop_path": 0.1}, {"proj_drop": 0.1}):
+        assert make_lean(Block(24, 3, qkv_bias=True, **options)) == 0
+    assert make_lean(Block(24, 3, qkv_bias=False)) == 0
+    assert make_lean(Block(24, 3, qkv_bias=True, act_layer=torch.nn.ReLU)) == 0
