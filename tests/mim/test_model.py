@@ -265,3 +265,33 @@ def test_a_stock_timm_model_will_do():
     rebuilt.load_state_dict(model.encoder.state_dict())
     mask = random_masks(0, 0, torch.arange(2), 8, 0.75)
     assert model(torch.rand(2, 2, 16, 32), mask).shape == (2, 6, 7)
+
+
+@pytest.mark.parametrize("kind", ["self", "cross", "full"])
+def test_activation_checkpointing_changes_memory_only(kind):
+    """The same loss and the same gradients, from fewer tensors kept."""
+    sizes = {"decoder": kind, "decoder_dim": 16, "decoder_depth": 2, "decoder_heads": 2}
+    more = {"encoder": "full"} if kind == "full" else sizes
+    model, _ = build_model(
+        "vit_micro", image_size=16, patch_size=4, channels=3, output_dim=5, mean=[0.5] * 3, std=[0.3] * 3, **more
+    )
+    images, mask = torch.rand(4, 3, 16, 16), torch.zeros(4, 16, dtype=torch.bool)
+    mask[:, ::2] = True
+    found, kept = {}, {}
+    for again in (False, True):
+        model.encoder.set_grad_checkpointing(again)
+        model.zero_grad()
+        kept[again] = 0
+
+        def keep(tensor, again=again):
+            kept[again] += tensor.numel()
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            loss = model(images, mask).square().mean()
+        loss.backward()
+        found[again] = [loss.detach(), *(p.grad for p in model.parameters() if p.grad is not None)]
+    assert len(found[True]) == len(found[False]) > 50
+    for one, other in zip(found[True], found[False], strict=True):
+        assert torch.equal(one, other)
+    assert kept[True] < 0.5 * kept[False]

@@ -1,12 +1,14 @@
 """What every masked image model is: a timm encoder, and predictions for patches that it was not shown."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
+import torch
 import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int64
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from clustermim.encoders.keymaps import from_mae_layout, to_mae_layout
 from clustermim.encoders.weights import load_exactly
@@ -119,6 +121,22 @@ class MaskedModel(nn.Module, ABC):
         tokens = F.linear(ordered, embedding.proj.weight.flatten(1), embedding.proj.bias)
         result: Tensor = embedding.norm(tokens)
         return result
+
+    def through(self, blocks: Iterable[nn.Module], tokens: Float[Tensor, "b t d"], *context: Tensor) -> Tensor:
+        """Tokens through blocks one after the other, each of them also given `context`.
+
+        With activation checkpointing (`encoder.set_grad_checkpointing`, which counts for the decoder too) a block keeps
+        its input only and is computed again for the gradient: Chen et al. 2016, "Training deep nets with sublinear
+        memory cost".
+        """
+        again = bool(self.encoder.grad_checkpointing) and torch.is_grad_enabled()
+        for block in blocks:
+            if again:
+                # Nothing in a block is random, so no generator has to be put back.
+                tokens = checkpoint(block, tokens, *context, use_reentrant=False, preserve_rng_state=False)
+            else:
+                tokens = block(tokens, *context)
+        return tokens
 
     def class_token_and_positions(self) -> tuple[Float[Tensor, "1 1 d"], Float[Tensor, "tokens d"]]:
         """The class token (1, 1, D), and the positions (1+N, D) of it and of the patches."""

@@ -40,7 +40,7 @@ class FullEncoderModel(MaskedModel):
         unseen = (self.mask_token + positions[1:][hidden]).to(seen.dtype)
         first = (class_token + positions[:1]).expand(len(seen), -1, -1).to(seen.dtype)
         # Attention knows positions only by what is added to the tokens: hidden places may follow the visible ones.
-        encoded = encoder.norm(encoder.blocks(encoder.norm_pre(torch.cat([first, seen, unseen], dim=1))))
+        encoded = encoder.norm(self.through(encoder.blocks, encoder.norm_pre(torch.cat([first, seen, unseen], dim=1))))
         predicted = encoded[:, 1 + visible.shape[1] :]
         if asked is not hidden:
             predicted = take_rows(predicted, torch.searchsorted(hidden.contiguous(), asked.contiguous()))

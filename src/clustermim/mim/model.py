@@ -87,7 +87,7 @@ class MaskedImageModel(MaskedModel):
         tokens = self.embed(images, visible) + positions[1:][visible]
         first = (class_token + positions[:1]).expand(tokens.shape[0], -1, -1)
         tokens = torch.cat([first.to(tokens.dtype), tokens], dim=1)
-        result: Tensor = encoder.norm(encoder.blocks(encoder.norm_pre(tokens)))
+        result: Tensor = encoder.norm(self.through(encoder.blocks, encoder.norm_pre(tokens)))
         return result
 
     def decode(
@@ -107,9 +107,8 @@ class MaskedImageModel(MaskedModel):
         seen = seen + positions[places]
         tokens = (self.mask_token + positions[1:][asked]).to(seen.dtype)
         if self.decoder == "cross":
-            for block in self.decoder_blocks:
-                tokens = block(tokens, seen)
+            tokens = self.through(self.decoder_blocks, tokens, seen)
         else:
-            tokens = self.decoder_blocks(torch.cat([seen, tokens], dim=1))[:, seen.shape[1] :]
+            tokens = self.through(self.decoder_blocks, torch.cat([seen, tokens], dim=1))[:, seen.shape[1] :]
         result: Tensor = self.decoder_pred(self.decoder_norm(tokens))
         return result

@@ -231,6 +231,7 @@ def train(
     choose_kernels(model, fabric, compile=config.compile)
     optimiser: Any = make_adamw(model, lr=peak, weight_decay=config.weight_decay)
     forward, optimiser = fabric.setup(compiled(model) if config.compile else model, optimiser)
+    predict = keeping_width(forward, fabric)
     fabric.to_device(target)
     ledger = Ledger(fabric, _ADVICE)
     mean = running_mean(model, config.ema)
@@ -250,7 +251,7 @@ def train(
                 for part in range(config.accumulate):
                     batch = next(parts)
                     with unsynchronised(fabric, forward, part < config.accumulate - 1):
-                        loss, figures = masked_loss(forward, target, batch, masking, epoch)
+                        loss, figures = masked_loss(predict, target, batch, masking, epoch)
                         fabric.backward(loss / config.accumulate)
                     ledger.add(step + 1, {"loss": loss, **figures})
                 if config.clip_grad is not None:
@@ -286,6 +287,17 @@ def train(
     if mean is not None:
         model.encoder.load_state_dict(mean.module.state_dict())
     return row
+
+
+def keeping_width(forward: Any, fabric: Fabric) -> Forward:
+    """Where the model computes in 64 bits, its predictions in them: Fabric would return torch's default precision."""
+
+    def wide(*arguments: Any) -> Any:
+        with fabric.strategy.precision.tensor_init_context():
+            return forward(*arguments)
+
+    found: Any = wide if str(fabric.strategy.precision.precision) == "64-true" else forward
+    return found  # type: ignore[no-any-return]
 
 
 def running_mean(model: MaskedModel, decay: float | None) -> ModelEmaV3 | None:

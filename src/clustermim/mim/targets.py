@@ -69,6 +69,11 @@ class Target(nn.Module):
         raise NotImplementedError
 
 
+def widened(values: Tensor) -> Tensor:
+    """Predictions in at least 32 bits, in which losses are computed."""
+    return values if values.dtype == torch.float64 else values.float()
+
+
 class TokenTarget(Target):
     """Cross-entropy on the tokens of the hidden patches (ClusterMIM: Du, Wang and Wang 2024; after BEiT).
 
@@ -125,7 +130,7 @@ class TokenTarget(Target):
         labels: Int64[Tensor, "b"] | None = None,
     ) -> TargetLoss:
         """See `Target.forward`; `accuracy` is the share of hidden patches whose token is predicted."""
-        logits = predictions.float().flatten(0, 1)
+        logits = widened(predictions).flatten(0, 1)
         with torch.no_grad():
             _, hidden = split_mask(mask, predictions.shape[1])
             goal: Tensor
@@ -210,12 +215,12 @@ class PixelTarget(Target):
         """See `Target.forward`."""
         with torch.no_grad():
             _, hidden = split_mask(mask, predictions.shape[1])
-            pixels = take_rows(patchify(images.float(), self.patch_size), hidden)
+            pixels = take_rows(patchify(images.to(widened(predictions).dtype), self.patch_size), hidden)
             pixels = normalise(pixels, self.mean, self.std)
             if self.norm_pix:
                 variance, centre = torch.var_mean(pixels, dim=-1, keepdim=True)
                 pixels = (pixels - centre) / (variance + 1e-6).sqrt()
-        return TargetLoss(F.mse_loss(predictions.float(), pixels), {})
+        return TargetLoss(F.mse_loss(widened(predictions), pixels), {})
 
 
 class FeatureTarget(Target):
@@ -260,10 +265,10 @@ class FeatureTarget(Target):
         """See `Target.forward`."""
         with torch.no_grad(), torch.autocast(images.device.type, enabled=False):
             _, hidden = split_mask(mask, predictions.shape[1])
-            wanted = take_rows(self.features(images.float()).float(), hidden)
+            wanted = take_rows(self.features(images.float()).to(widened(predictions).dtype), hidden)
             if self.standardise:
                 wanted = F.layer_norm(wanted, wanted.shape[-1:], eps=1e-6)
-        return TargetLoss(F.mse_loss(predictions.float(), wanted), {})
+        return TargetLoss(F.mse_loss(widened(predictions), wanted), {})
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -16,7 +16,7 @@ from clustermim.errors import ClusterMIMError, InputError
 from clustermim.runs import RunDirectory
 
 Device = Literal["auto", "cpu", "cuda", "mps"]
-Precision = Literal["auto", "32-true", "bf16-mixed"]
+Precision = Literal["auto", "32-true", "bf16-mixed", "64-true"]
 
 
 def resolve_device(device: Device = "auto") -> str:
@@ -36,7 +36,7 @@ def resolve_device(device: Device = "auto") -> str:
     return device
 
 
-def resolve_precision(precision: Precision, device: str) -> Literal["32-true", "bf16-mixed"]:
+def resolve_precision(precision: Precision, device: str) -> Literal["32-true", "bf16-mixed", "64-true"]:
     """`auto` is bf16-mixed on a CUDA device that computes in bfloat16, else 32-true."""
     if precision == "auto":
         return "bf16-mixed" if device == "cuda" and torch.cuda.is_bf16_supported() else "32-true"
@@ -53,7 +53,8 @@ def make_fabric(device: Device = "auto", devices: int = 1, precision: Precision 
     devices
         How many of them in this machine; more than one trains data-parallel, a process each.
     precision
-        `32-true`, `bf16-mixed` (weights and optimiser in 32 bits, matrix products in bfloat16), or `auto`.
+        `32-true`, `bf16-mixed` (weights and optimiser in 32 bits, matrix products in bfloat16), `64-true` (to compare
+        computations with each other), or `auto`.
 
     Raises
     ------

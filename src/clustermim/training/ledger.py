@@ -47,7 +47,8 @@ class Ledger:
         if not self._records:
             return
         names = sorted(self._records[0][1])
-        table = torch.stack([torch.stack([figures[name].float() for name in names]) for _, figures in self._records])
+        wide = torch.float64 if self._records[0][1]["loss"].dtype == torch.float64 else torch.float32
+        table = torch.stack([torch.stack([figures[name].to(wide) for name in names]) for _, figures in self._records])
         if self._fabric.world_size > 1:
             reduced: Any = self._fabric.all_reduce(table, reduce_op="mean")
             table = reduced

@@ -65,7 +65,10 @@ def out_of_memory(
     elif batch_size > processes:
         ways = f"Use a smaller --batch-size such as {smaller}, with another --out."
     else:
-        ways = "Already one image at a time does not fit: use a smaller --model or --image-size, with another --out."
+        ways = (
+            "Already one image at a time does not fit: add --activation-checkpointing where there is such an option, "
+            "or use a smaller --model or --image-size with another --out."
+        )
     return ResourceError(
         f"Out of memory with {part} images at a time ({_first_line(error)}). {ways}",
         again=None if parts is None else {"accumulate": parts},

@@ -38,8 +38,10 @@ from clustermim.verbs.pretrain_targets import (
 )
 
 KIND = "pretrain"
-_VOLATILE = ("device", "devices", "workers", "resident", "compile", "accumulate", "checkpoint_every", "log_every")
-
+_VOLATILE = (
+    *("device", "devices", "workers", "resident", "compile"),
+    *("accumulate", "activation_checkpointing", "checkpoint_every", "log_every"),
+)
 _MENDABLE = ("lr", "clip_grad", "precision")
 
 
@@ -67,6 +69,7 @@ def pretrain(
     warmup: float = 0.1,
     clip_grad: float | None = None,
     accumulate: int = 1,
+    activation_checkpointing: bool = False,
     encoder: EncoderKind = "visible",
     decoder: DecoderKind = "self",
     decoder_dim: int | None = None,
@@ -141,6 +144,9 @@ def pretrain(
         Largest norm of the gradient; default: no limit.
     accumulate
         Compute each step in so many parts, to save memory; the result is the same.
+    activation_checkpointing
+        Keep only each block's input and compute the block again for its gradient: less memory, a third more time, the
+        same result.
     encoder
         `visible`: it sees visible patches only. `full`: it sees mask tokens too, and a linear head predicts (BEiT).
     decoder
@@ -157,7 +163,7 @@ def pretrain(
     ema
         Keep a running mean of the encoder's weights with this decay (such as 0.999), and leave it as the encoder.
     precision
-        `32-true`, `bf16-mixed`, or `auto`: bf16-mixed on CUDA, else 32-true.
+        `32-true`, `bf16-mixed`, `64-true`, or `auto`: bf16-mixed on CUDA, else 32-true.
     device
         `auto` takes CUDA, else MPS, else the CPU.
     devices
@@ -268,6 +274,7 @@ def pretrain(
     )
     if init is not None:
         continue_from(built, init)
+    built.encoder.set_grad_checkpointing(activation_checkpointing)
     hidden_count(built.num_patches, mask_ratio)
     check_batch(source, config, fabric.world_size)
 
@@ -296,6 +303,7 @@ def pretrain(
         "warmup": warmup,
         "clip_grad": clip_grad,
         "accumulate": accumulate,
+        "activation_checkpointing": activation_checkpointing,
         "decoder_dim": decoder_dim,
         "decoder_depth": decoder_depth,
         "decoder_heads": decoder_heads,
