@@ -123,6 +123,18 @@ def test_the_stopwatch_chooses_and_changes_no_id(monkeypatch: pytest.MonkeyPatch
     assert torch.equal(Assigner(c)(x), nearest(x))  # and the next one need not learn it again
 
 
+def test_bfloat16_that_is_slow_on_these_rows_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(assigning, "_SCORES", 1 << 12)
+    x, c = gaussian(0, 128 * 4 * 6, 8), gaussian(1, 300, 8)
+    nearest, chosen = Assigner(c, "l2"), Assigner(c, "l2", "bfloat16")
+    nearest._products = "bfloat16"  # as other rows would have it
+    monkeypatch.setattr(assigning, "_seconds", {nearest._key: {"float32": [1e-12], "bfloat16": [1e-12]}})
+    ids = nearest(x)
+    assert nearest._products == "float32"
+    assert torch.equal(ids, brute_force(x, c, "l2"))
+    assert torch.equal(chosen(x), ids) and chosen._products == "bfloat16"  # what was asked for stays
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("metric", METRICS)
 def test_a_gpu_gives_the_same_ids(metric: str) -> None:

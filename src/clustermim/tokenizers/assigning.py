@@ -21,7 +21,9 @@ Which of the two products is used is decided by a stopwatch on the first blocks:
 """
 
 import math
+import threading
 import time
+from collections.abc import Iterator
 from typing import Literal
 
 import torch
@@ -31,7 +33,8 @@ from torch import Tensor
 Metric = Literal["l2", "cosine", "dot"]
 Products = Literal["auto", "float32", "bfloat16"]
 
-_SCORES = 1 << 20  # alive at once on a CPU: what stays in a core's cache
+_SCORES = 1 << 20  # of one product on a CPU: what stays in a core's cache
+_PARTS = 4  # products before their scores are looked at: the smaller steps cost as much for few rows as for many
 _DEVICE_SCORES = 1 << 26
 _ROWS = 8192  # of a block, at most
 _FLAT = 160  # up to so many centroids, all scores are searched at once; above, group by group
@@ -40,6 +43,7 @@ _FAR = 2.0**40  # rows farther out than this, in the same units, are computed ex
 _EXACT = 1 << 20  # float64 numbers alive at once in exact computations
 
 _TRIALS = 3  # blocks with either product before the faster is chosen
+_SLOWER = 1.2  # times float32's time; bfloat16 that takes longer on so many blocks running is given up
 _seconds: dict[tuple[object, ...], dict[str, list[float]]] = {}  # per row, by what was computed where
 
 
@@ -74,6 +78,9 @@ class Assigner:
         exponent = -math.floor(math.log2(largest)) if largest > 0.0 else 0
         self._scale = 2.0 ** min(max(exponent, -120), 120)  # a power of two is exact
         self._offset = (-self._scale * self._shift).float().to(self.device)
+        self._parts = _PARTS if self.device.type == "cpu" and self._group > 1 else 1
+        self._fixed = products != "auto"
+        self._late = 0  # blocks running that took longer than they should
         self._tables: dict[str, _Table] = {}
         self._products: str | None = None if products == "auto" else products
 
@@ -84,10 +91,19 @@ class Assigner:
         if self.size == 1:
             return ids
         with torch.autocast(x.device.type, enabled=False):
-            for start in range(0, len(x), self.rows):
-                block = x[start : start + self.rows].float()
-                ids[start : start + len(block)] = self._timed(block)
+            for start, stop in self._cuts(len(x)):
+                ids[start:stop] = self._timed(x[start:stop].float())
         return ids
+
+    def _cuts(self, n: int) -> Iterator[tuple[int, int]]:
+        """Where blocks begin and end: as many whole products as may be looked at together, then what is left over."""
+        whole, start = n - n % self.rows, 0
+        while start < whole:
+            stop = min(start + self._parts * self.rows, whole)
+            yield start, stop
+            start = stop
+        if start < n:
+            yield start, n
 
     @torch.no_grad()
     def nearest(self, x: Float[Tensor, "n d"], count: int) -> Int64[Tensor, "n count"]:
@@ -105,12 +121,12 @@ class Assigner:
             for start in range(0, len(x), self.rows):
                 block = x[start : start + self.rows].float()
                 scores, least, limit = table.scores(block)
-                found = scores.t().contiguous().topk(count + 1, dim=1, largest=False)
+                found = scores[0].t().contiguous().topk(count + 1, dim=1, largest=False)
                 here = found.indices[:, :count]
                 # The set is certain where what follows it is farther than rounding reaches. The limit grows with the
                 # score it is made for, so the distance of the two is taken at the larger of both.
                 last, after = found.values[:, count - 1], found.values[:, count]
-                reach = (limit - least.amin(0)) + 2.0**-22 * last.abs()
+                reach = (limit - least[0].amin(0)) + 2.0**-22 * last.abs()
                 unsure = (~(after - last > reach) | ~torch.isfinite(limit)).nonzero()[:, 0]
                 for rows in torch.split(unsure, max(_EXACT // (self.size * self.dim), 1)):
                     far = self.exact_distances(block[rows], self._centroids[None], self.metric)
@@ -128,11 +144,10 @@ class Assigner:
     def _timed(self, block: Float[Tensor, "n d"]) -> Int64[Tensor, " n"]:
         """Search with the chosen product; while none is, with either in turn, under a stopwatch."""
         if self._products is not None:
-            return self._search(block, self._products)
+            return self._watched(block, self._products)
         if len(block) < self.rows or self.device.type not in ("cpu", "cuda"):
             return self._search(block, "float32")  # too little to learn from
-        key = (self.device, torch.get_num_threads(), self.metric, self.size, self.dim)
-        taken = _seconds.setdefault(key, {"float32": [], "bfloat16": []})
+        taken = _seconds.setdefault(self._key, {"float32": [], "bfloat16": []})
         products = min(taken, key=lambda name: len(taken[name]))
         self._table(products)  # made before the clock runs
         started = time.perf_counter()
@@ -146,6 +161,23 @@ class Assigner:
             self._products = "float32" if slow >= fast else "bfloat16"
         return ids
 
+    def _watched(self, block: Float[Tensor, "n d"], products: str) -> Int64[Tensor, " n"]:
+        """Search with the product that was faster on other rows, until it turns out not to be on these."""
+        known = _seconds.get(self._key, {}).get("float32")
+        if self._fixed or products != "bfloat16" or not known or self.device.type != "cpu":
+            return self._search(block, products)
+        started = time.perf_counter()
+        ids = self._search(block, products)
+        late = time.perf_counter() - started > _SLOWER * min(known) * len(block)
+        self._late = self._late + 1 if late else 0
+        if self._late >= _TRIALS:
+            self._products = "float32"
+        return ids
+
+    @property
+    def _key(self) -> tuple[object, ...]:
+        return self.device, torch.get_num_threads(), self.metric, self.size, self.dim
+
     def _table(self, products: str) -> "_Table":
         if products not in self._tables:
             self._tables[products] = _Table(self, products == "bfloat16")
@@ -154,12 +186,14 @@ class Assigner:
     def _search(self, block: Float[Tensor, "n d"], products: str) -> Int64[Tensor, " n"]:
         """The ids of a block: scores, then the candidates within the bound, then exact distances where several are."""
         table = self._table(products)
-        scores, least, limit = table.scores(block)
+        parts = max(len(block) // self.rows, 1)
+        scores, least, limit = table.scores(block, parts)
         ids = torch.zeros(len(block), dtype=torch.int64, device=block.device)
         open_rows = None
         if self._group == 1:
+            scores = scores[0]
             # A row with one hit: its id is the sum of the hits' ids, and sums of integers down the columns are fast.
-            hits = torch.le(scores, limit, out=torch.empty_like(scores))
+            hits = torch.le(scores, limit, out=table.room("hits", *scores.shape).view(scores.dtype))
             count = hits.sum(0, dtype=hits.dtype)
             ids.copy_(hits.mul_(table.numbers).sum(0, dtype=hits.dtype))
             open_rows = (count != 1).nonzero()[:, 0]
@@ -170,12 +204,15 @@ class Assigner:
             found = (scores.index_select(1, open_rows) <= limit[open_rows]).nonzero()
             row, candidate = open_rows[found[:, 1]], found[:, 0]
         else:
-            spread = scores.view(self._groups, self._group, len(block))
-            found = (least <= limit).nonzero()
+            rows = len(block) // parts
+            limits = limit.view(parts, 1, rows)
+            spread = scores.view(parts, self._groups, self._group, rows)
+            found = (least <= limits).nonzero()
             if table.coarse and 4 * len(found) > self._groups * len(block) + 16 * len(block):
                 return self._search(block, "float32")
-            group, row = found[:, 0], found[:, 1]
-            found = (spread[group, :, row] <= limit[row, None]).nonzero()
+            part, group, place = found.unbind(1)
+            row = part * rows + place
+            found = (spread[part, group, :, place] <= limit[row, None]).nonzero()
             row, candidate = row[found[:, 0]], group[found[:, 0]] * self._group + found[:, 1]
         count = torch.bincount(row, minlength=len(block))
         several = count[row] > 1
@@ -250,15 +287,31 @@ class _Table:
         self._columns = torch.cat([columns, padding]).to(owner.device)
         self.numbers = torch.arange(len(self._columns), device=owner.device)[:, None]
         self.numbers = self.numbers.to(torch.int16 if coarse else torch.float32)
+        self._rooms = threading.local()
 
-    def scores(self, block: Float[Tensor, "n d"]) -> tuple[Tensor, Tensor, Tensor]:
-        """Scores (padded K, n), least at the nearest; their least in each group (groups, n); a limit for each row (n,).
+    def room(self, name: str, *shape: int) -> Tensor:
+        """Memory for a result of this shape and the dtype of the product, the same at each call of a thread.
+
+        Fresh memory would be handed back to the system after each block, and a processor takes longer to get so many
+        pages again than to multiply.
+        """
+        wanted = math.prod(shape)
+        held: Tensor | None = getattr(self._rooms, name, None)
+        if held is None or len(held) < wanted:
+            held = torch.empty(wanted, dtype=self._columns.dtype, device=self._columns.device)
+            setattr(self._rooms, name, held)
+        return held[:wanted].view(shape)
+
+    def scores(self, block: Float[Tensor, "n d"], parts: int = 1) -> tuple[Tensor, Tensor, Tensor]:
+        """Scores, least at the nearest; their least in each group; a limit for each row (n,).
+
+        Rows come in `parts` of one size m, each with a product of its own: (parts, padded K, m), (parts, groups, m).
 
         The nearest centroid's score is at most the limit. All are float32, or int16 that are ordered alike. Rows that
         cannot be bounded get a limit below all scores.
         """
         n, dim = block.shape
-        wide = torch.empty(n, self._columns.shape[1], device=block.device, dtype=self._columns.dtype)
+        wide = self.room("rows", n, self._columns.shape[1])
         wide[:, dim : dim + 2] = 1.0
         y = torch.empty_like(block) if self.coarse else wide[:, :dim]
         length, fine = self._shifted(block, y)
@@ -278,17 +331,15 @@ class _Table:
         bound = slack * (bound + self._half_error + _ABSOLUTE)
         if not self.coarse:
             bound = bound + _shortened() * (2.0 * length * self._length + self._half_length)
-            scores = torch.mm(self._columns, wide.t())
-            least = self._of_groups(scores)
-            best = least.amin(0)
+            scores, least = self._multiplied(wide, parts)
+            best = least.amin(1).flatten()
             limit = best + (2.0 * bound + 2.0**-22 * best.abs())
             return scores, least, torch.where(fine, limit, -math.inf)
         own = own + 2.0 * bound  # so that no score falls below zero
         wide[:, dim + 2] = own
         wide[:, dim + 3] = own - wide[:, dim + 2]
-        scores = torch.mm(self._columns, wide.t()).view(torch.int16)
-        least = self._of_groups(scores)
-        best = least.amin(0).view(torch.bfloat16).float()
+        scores, least = self._multiplied(wide, parts)
+        best = least.amin(1).flatten().view(torch.bfloat16).float()
         share = 1.01 * 2.0**-8
         limit = (best * (1.0 + share) + 2.0 * bound) * ((1.0 + 2.0**-20) / (1.0 - share))
         # To bfloat16, upwards: positive numbers are ordered as their bits are.
@@ -311,9 +362,21 @@ class _Table:
             length = torch.where(fine, length, 0.0)
         return length, fine
 
-    def _of_groups(self, scores: Tensor) -> Tensor:
-        """The least of each group of neighbouring centroids."""
-        return scores if self._group == 1 else scores.view(-1, self._group, scores.shape[1]).amin(1)
+    def _multiplied(self, wide: Float[Tensor, "n w"], parts: int) -> tuple[Tensor, Tensor]:
+        """The scores of each part, and the least of each group of neighbouring centroids, taken while they are near."""
+        rows = len(wide) // parts
+        scores = self.room("scores", parts, len(self._columns), rows)
+        # Numbers that bfloat16 rounds to are positive, and then ordered as the integers of their bits.
+        seen = scores.view(torch.int16) if self.coarse else scores
+        if self._group == 1:
+            torch.mm(self._columns, wide.t(), out=scores[0])
+            return seen, seen
+        grouped = seen.view(parts, -1, self._group, rows)
+        least = torch.empty(parts, grouped.shape[1], rows, dtype=seen.dtype, device=seen.device)
+        for part in range(parts):
+            torch.mm(self._columns, wide[part * rows : (part + 1) * rows].t(), out=scores[part])
+            torch.amin(grouped[part], 1, out=least[part])
+        return seen, least
 
 
 def _shortened() -> float:
