@@ -72,7 +72,7 @@ def go(
 
 
 def timeless(rows):
-    return [{k: v for k, v in row.items() if k not in ("seconds", "images_per_second")} for row in rows]
+    return [{k: v for k, v in row.items() if k not in ("seconds", "images_per_second", "mfu")} for row in rows]
 
 
 def assert_same_weights(one, two):
@@ -87,7 +87,7 @@ def test_it_learns_and_says_so(tmp_path):
     assert rows[-1]["images"] == 120
     assert rows[-1]["epoch"] == 3
     assert rows[-1]["loss"] < rows[0]["loss"]
-    assert all(set(r) >= {"step", "epoch", "images", "loss", "lr", "seconds", "images_per_second"} for r in rows)
+    assert all(set(r) >= {"step", "epoch", "images", "loss", "lr", "seconds", "images_per_second", "mfu"} for r in rows)
     assert len(list((tmp_path / "a" / "checkpoints").iterdir())) == 2
 
 
@@ -219,6 +219,8 @@ def test_estimate_runs():
     assert found["encoder_parameters"] + found["decoder_parameters"] == sum(p.numel() for p in model.parameters())
     assert found["seconds"] > 0
     assert found["memory_bytes"] > 0
+    assert found["flops_per_image"] > 3 * 2 * found["encoder_parameters"]  # each weight meets several tokens
+    assert 0 < found["mfu"] < 2
 
 
 def test_bad_numbers():

@@ -10,6 +10,7 @@ from lightning_fabric import Fabric
 
 from clustermim.data.loaders import Loader
 from clustermim.mim.contract import MaskedModel
+from clustermim.mim.costs import peak_flops, training_flops
 from clustermim.mim.pretraining import Masking, PretrainConfig, choose_kernels, compiled, masked_loss
 from clustermim.mim.targets import Target
 from clustermim.training.optimiser import make_adamw
@@ -31,12 +32,15 @@ def estimate(
     Returns
     -------
     dict
-        `steps` of the whole run, `encoder_parameters`, `decoder_parameters`, `images_per_second`, `seconds` of the
+        `steps` of the whole run, `encoder_parameters`, `decoder_parameters`, `flops_per_image` (forward and backward),
+        `images_per_second`, `mfu` where the device's peak is known, `seconds` of the
         whole run, and `memory_bytes`: on CUDA the peak that the step allocates, elsewhere that of this process.
     """
     encoder = sum(p.numel() for p in model.encoder.parameters())
     everything = sum(p.numel() for p in model.parameters())
     masking = Masking(config, model.grid)
+    flops = training_flops(model, masking.hidden, masking.asked)
+    able = peak_flops(fabric.device, str(fabric.strategy.precision.precision))
     choose_kernels(model, fabric, compile=config.compile)
     optimiser: Any = make_adamw(model, lr=1e-6)
     forward, optimiser = fabric.setup(compiled(model) if config.compile else model, optimiser)
@@ -64,11 +68,14 @@ def estimate(
     steps = len(loader) // config.accumulate * config.epochs
     # The kernel counts in kilobytes on Linux, in bytes on macOS.
     resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    rate = config.batch_size / per_step
     return {
         "steps": steps,
         "encoder_parameters": encoder,
         "decoder_parameters": everything - encoder,
-        "images_per_second": config.batch_size / per_step,
+        "flops_per_image": flops,
+        "images_per_second": rate,
+        **({} if able is None else {"mfu": rate * flops / (able * fabric.world_size)}),
         "seconds": taken[0] + per_step * max(0, steps - 1),
         "memory_bytes": int(torch.cuda.max_memory_allocated()) if cuda else int(resident),
     }

@@ -14,6 +14,7 @@ from clustermim.data.loaders import Batch, Loader
 from clustermim.data.masks import block_masks, hidden_count, part_of_masks, random_masks
 from clustermim.errors import InputError, nearest
 from clustermim.mim.contract import MaskedModel
+from clustermim.mim.costs import peak_flops, training_flops
 from clustermim.mim.lean_blocks import make_lean
 from clustermim.mim.targets import Target, TargetLoss
 from clustermim.runs import RunDirectory
@@ -228,6 +229,8 @@ def train(
     total = steps * config.epochs
     peak, warmup = scaled_lr(config.base_lr, config.batch_size), round(config.warmup * total)
     masking = Masking(config, model.grid)
+    flops = training_flops(model, masking.hidden, masking.asked)
+    able = peak_flops(fabric.device, str(fabric.strategy.precision.precision))
     choose_kernels(model, fabric, compile=config.compile)
     optimiser: Any = make_adamw(model, lr=peak, weight_decay=config.weight_decay)
     forward, optimiser = fabric.setup(compiled(model) if config.compile else model, optimiser)
@@ -268,9 +271,12 @@ def train(
                     rate = (done - marked_at) * config.batch_size / max(now - marked, 1e-9)
                     row = {"step": done, "epoch": done / steps, "images": done * config.batch_size, "lr": lr, **means}
                     row |= {"seconds": seconds + now - began, "images_per_second": rate}
+                    if able is not None:
+                        row["mfu"] = rate * flops / (able * fabric.world_size)
                     marked, marked_at = now, done
                     by_the_first(fabric, RunDirectory.append_metrics, run, row)
                     extra = f" · accuracy {means['accuracy']:.3f}" if "accuracy" in means else ""
+                    extra += f" · lr {lr:.2e}" + (f" · MFU {row['mfu']:.0%}" if able is not None else "")
                     progress.update(done, loss=means["loss"], images_per_second=rate, extra=extra)
                 # Several processes must decide alike, so they ask each other, but only where they meet anyway.
                 look = log or fabric.world_size == 1
