@@ -6,7 +6,7 @@ For several (K, D), on rows with clusters and on rows without: patches a second 
 with bfloat16 products and as it chooses; of the bare product of the same blocks in either dtype; their ratios; and of
 copying the rows, which is the least that must be moved (what bounds small K and D). Then patches a second end to end,
 images to ids, for pixel features and for a ViT of timm with random weights. Everything runs in a process of its own
-without the settings of OpenBLAS that some machines carry. Medians of `--repeats` (3).
+without settings of OpenBLAS and OpenMP that some machines carry. Medians of `--repeats` (3).
 """
 
 import argparse
@@ -135,7 +135,8 @@ if __name__ == "__main__":
         print(json.dumps(worker(options.quick, options.repeats, options.threads)))
         sys.exit()
     plain = {key: value for key, value in os.environ.items() if key not in ("OPENBLAS_CORETYPE", "OPENBLAS_L2_SIZE")}
-    plain |= {"OMP_NUM_THREADS": str(options.threads), "OMP_WAIT_POLICY": "PASSIVE"}  # as on the command line
+    plain |= {"OMP_NUM_THREADS": str(options.threads)}
+    plain.pop("OMP_WAIT_POLICY", None)  # as in a plain Python process
     done = subprocess.run(
         [sys.executable, *sys.argv, "--worker"], env=plain, capture_output=True, text=True, check=False
     )

@@ -33,7 +33,7 @@ from torch import Tensor
 Metric = Literal["l2", "cosine", "dot"]
 Products = Literal["auto", "float32", "bfloat16"]
 
-_SCORES = 1 << 20  # of one product on a CPU: what stays in a core's cache
+_SCORES = 1 << 19  # of one product on a CPU: what stays in a core's cache
 _PARTS = 4  # products before their scores are looked at: the smaller steps cost as much for few rows as for many
 _DEVICE_SCORES = 1 << 26
 _ROWS = 8192  # of a block, at most
@@ -70,7 +70,7 @@ class Assigner:
         self._group = 1 if self.size <= _FLAT else 1 << round(math.log2(self.size) / 2)
         self._groups = math.ceil(self.size / self._group)
         budget = _DEVICE_SCORES if self.device.type == "cuda" else _SCORES
-        rows = max(budget // (self._group * self._groups), 128)
+        rows = max(budget // (self._group * self._groups), 256)
         self.rows = 1 << min(rows.bit_length() - 1, 20 if self.device.type == "cuda" else _ROWS.bit_length() - 1)
         exact = self._centroids.double()
         self._shift = _coarse_mean(exact) if metric == "l2" else torch.zeros_like(exact[0])
@@ -120,13 +120,13 @@ class Assigner:
         with torch.autocast(x.device.type, enabled=False):
             for start in range(0, len(x), self.rows):
                 block = x[start : start + self.rows].float()
-                scores, least, limit = table.scores(block)
-                found = scores[0].t().contiguous().topk(count + 1, dim=1, largest=False)
+                ((scores, least, limit),) = table.scores(block)
+                found = scores.t().contiguous().topk(count + 1, dim=1, largest=False)
                 here = found.indices[:, :count]
                 # The set is certain where what follows it is farther than rounding reaches. The limit grows with the
                 # score it is made for, so the distance of the two is taken at the larger of both.
                 last, after = found.values[:, count - 1], found.values[:, count]
-                reach = (limit - least[0].amin(0)) + 2.0**-22 * last.abs()
+                reach = (limit - least.amin(0)) + 2.0**-22 * last.abs()
                 unsure = (~(after - last > reach) | ~torch.isfinite(limit)).nonzero()[:, 0]
                 for rows in torch.split(unsure, max(_EXACT // (self.size * self.dim), 1)):
                     far = self.exact_distances(block[rows], self._centroids[None], self.metric)
@@ -186,12 +186,10 @@ class Assigner:
     def _search(self, block: Float[Tensor, "n d"], products: str) -> Int64[Tensor, " n"]:
         """The ids of a block: scores, then the candidates within the bound, then exact distances where several are."""
         table = self._table(products)
-        parts = max(len(block) // self.rows, 1)
-        scores, least, limit = table.scores(block, parts)
         ids = torch.zeros(len(block), dtype=torch.int64, device=block.device)
         open_rows = None
         if self._group == 1:
-            scores = scores[0]
+            ((scores, _, limit),) = table.scores(block)
             # A row with one hit: its id is the sum of the hits' ids, and sums of integers down the columns are fast.
             hits = torch.le(scores, limit, out=table.room("hits", *scores.shape).view(scores.dtype))
             count = hits.sum(0, dtype=hits.dtype)
@@ -204,16 +202,18 @@ class Assigner:
             found = (scores.index_select(1, open_rows) <= limit[open_rows]).nonzero()
             row, candidate = open_rows[found[:, 1]], found[:, 0]
         else:
-            rows = len(block) // parts
-            limits = limit.view(parts, 1, rows)
-            spread = scores.view(parts, self._groups, self._group, rows)
-            found = (least <= limits).nonzero()
-            if table.coarse and 4 * len(found) > self._groups * len(block) + 16 * len(block):
-                return self._search(block, "float32")
-            part, group, place = found.unbind(1)
-            row = part * rows + place
-            found = (spread[part, group, :, place] <= limit[row, None]).nonzero()
-            row, candidate = row[found[:, 0]], group[found[:, 0]] * self._group + found[:, 1]
+            rows, candidates, seen = [], [], 0
+            for scores, least, limit in table.scores(block, max(len(block) // self.rows, 1)):
+                found = (least <= limit).nonzero()
+                if table.coarse and 4 * len(found) > (self._groups + 16) * len(limit):
+                    return self._search(block, "float32")
+                group, place = found.unbind(1)
+                spread = scores.view(self._groups, self._group, -1)[group, :, place]
+                pair, inside = (spread <= limit[place, None]).nonzero().unbind(1)
+                rows.append(place[pair] + seen)
+                candidates.append(group[pair] * self._group + inside)
+                seen += len(limit)
+            row, candidate = torch.cat(rows), torch.cat(candidates)
         count = torch.bincount(row, minlength=len(block))
         several = count[row] > 1
         ids[row] = candidate
@@ -302,11 +302,10 @@ class _Table:
             setattr(self._rooms, name, held)
         return held[:wanted].view(shape)
 
-    def scores(self, block: Float[Tensor, "n d"], parts: int = 1) -> tuple[Tensor, Tensor, Tensor]:
-        """Scores, least at the nearest; their least in each group; a limit for each row (n,).
+    def scores(self, block: Float[Tensor, "n d"], parts: int = 1) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+        """Scores (padded K, m), least at the nearest; their least in each group (groups, m); a limit for each row (m,).
 
-        Rows come in `parts` of one size m, each with a product of its own: (parts, padded K, m), (parts, groups, m).
-
+        Rows come in `parts` of one size m, each with a product of its own, whose scores take the place of those before.
         The nearest centroid's score is at most the limit. All are float32, or int16 that are ordered alike. Rows that
         cannot be bounded get a limit below all scores.
         """
@@ -329,22 +328,28 @@ class _Table:
         summed = length * self._length + self._half_length + own
         bound = length * self._error + seen_error * self._length + (dim + 6) * unit * summed
         bound = slack * (bound + self._half_error + _ABSOLUTE)
-        if not self.coarse:
+        if self.coarse:
+            own = own + 2.0 * bound  # so that no score falls below zero
+            wide[:, dim + 2] = own
+            wide[:, dim + 3] = own - wide[:, dim + 2]
+        else:
             bound = bound + _shortened() * (2.0 * length * self._length + self._half_length)
-            scores, least = self._multiplied(wide, parts)
-            best = least.amin(1).flatten()
-            limit = best + (2.0 * bound + 2.0**-22 * best.abs())
-            return scores, least, torch.where(fine, limit, -math.inf)
-        own = own + 2.0 * bound  # so that no score falls below zero
-        wide[:, dim + 2] = own
-        wide[:, dim + 3] = own - wide[:, dim + 2]
-        scores, least = self._multiplied(wide, parts)
-        best = least.amin(1).flatten().view(torch.bfloat16).float()
-        share = 1.01 * 2.0**-8
-        limit = (best * (1.0 + share) + 2.0 * bound) * ((1.0 + 2.0**-20) / (1.0 - share))
-        # To bfloat16, upwards: positive numbers are ordered as their bits are.
-        bits = ((limit.view(torch.int32) + 0xFFFF) >> 16).to(torch.int16)
-        return scores, least, torch.where(fine, bits, -1)
+        pieces = (torch.split(t, n // parts) for t in (wide, 2.0 * bound, fine))
+        for rows, reach, sure in zip(*pieces, strict=True):
+            scores = torch.mm(self._columns, rows.t(), out=self.room("scores", len(self._columns), len(rows)))
+            if not self.coarse:
+                least = self._of_groups(scores)
+                best = least.amin(0)
+                yield scores, least, torch.where(sure, best + (reach + 2.0**-22 * best.abs()), -math.inf)
+                continue
+            # Positive numbers in bfloat16 are ordered as the integers of their bits.
+            scores = scores.view(torch.int16)
+            least = self._of_groups(scores)
+            best = least.amin(0).view(torch.bfloat16).float()
+            share = 1.01 * 2.0**-8
+            limit = (best * (1.0 + share) + reach) * ((1.0 + 2.0**-20) / (1.0 - share))
+            bits = ((limit.view(torch.int32) + 0xFFFF) >> 16).to(torch.int16)  # to bfloat16, upwards
+            yield scores, least, torch.where(sure, bits, -1)
 
     def _shifted(self, block: Float[Tensor, "n d"], y: Tensor) -> tuple[Float[Tensor, " n"], Bool[Tensor, " n"]]:
         """Rows in the centroids' frame, or of unit length, into `y`; their lengths; which can be bounded."""
@@ -362,21 +367,9 @@ class _Table:
             length = torch.where(fine, length, 0.0)
         return length, fine
 
-    def _multiplied(self, wide: Float[Tensor, "n w"], parts: int) -> tuple[Tensor, Tensor]:
-        """The scores of each part, and the least of each group of neighbouring centroids, taken while they are near."""
-        rows = len(wide) // parts
-        scores = self.room("scores", parts, len(self._columns), rows)
-        # Numbers that bfloat16 rounds to are positive, and then ordered as the integers of their bits.
-        seen = scores.view(torch.int16) if self.coarse else scores
-        if self._group == 1:
-            torch.mm(self._columns, wide.t(), out=scores[0])
-            return seen, seen
-        grouped = seen.view(parts, -1, self._group, rows)
-        least = torch.empty(parts, grouped.shape[1], rows, dtype=seen.dtype, device=seen.device)
-        for part in range(parts):
-            torch.mm(self._columns, wide[part * rows : (part + 1) * rows].t(), out=scores[part])
-            torch.amin(grouped[part], 1, out=least[part])
-        return seen, least
+    def _of_groups(self, scores: Tensor) -> Tensor:
+        """The least of each group of neighbouring centroids."""
+        return scores if self._group == 1 else scores.view(-1, self._group, scores.shape[1]).amin(1)
 
 
 def _shortened() -> float:
