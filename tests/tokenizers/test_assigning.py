@@ -114,7 +114,7 @@ def test_the_stopwatch_chooses_and_changes_no_id(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(assigning.time, "perf_counter", lambda: now[0])
     monkeypatch.setattr(assigning, "_SCORES", 1 << 13)
     monkeypatch.setattr(assigning, "_seconds", {})
-    x, c = gaussian(0, 1500, 8), gaussian(1, 60, 8)
+    x, c = gaussian(0, 3000, 8), gaussian(1, 60, 8)
     nearest = Assigner(c)
     assert torch.equal(nearest(x), brute_force(x, c, "l2"))
     assert nearest._products == fast
