@@ -98,3 +98,12 @@ def test_drop_path_rises_along_the_blocks_and_is_off_in_evaluation() -> None:
     assert rates == pytest.approx([0.5 * i / (depth - 1) for i in range(depth)])
     assert torch.equal(before, classifier(images))
     assert not torch.equal(classifier.train()(images), classifier(images))
+
+
+def test_the_highest_magnitude_is_survived_by_every_operation() -> None:
+    # timm's increasing posterize then asks for 0 bits, which Pillow 13 refuses.
+    augment = RandAugment("rand-m10-n8-inc1", channels=3, mean=(0.5, 0.5, 0.5), seed=0)
+    view = torch.rand(3, 8, 8)
+    for index in range(60):
+        changed = augment(view, 0, index)
+        assert changed.shape == view.shape and changed.min() >= 0 and changed.max() <= 1

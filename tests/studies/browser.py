@@ -26,7 +26,7 @@ class Browser:
     def __enter__(self) -> "Browser":
         """Start the browser and open an empty page."""
         assert CHROMIUM is not None
-        self._profile = tempfile.TemporaryDirectory()
+        self._profile = tempfile.TemporaryDirectory(ignore_cleanup_errors=True)
         theirs_in, self._out = os.pipe()
         self._in, theirs_out = os.pipe()
 

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from jaxtyping import Float, Int64
 from PIL import Image
-from timm.data.auto_augment import rand_augment_transform
+from timm.data.auto_augment import posterize, rand_augment_transform
 from timm.data.mixup import Mixup
 from torch import Tensor
 
@@ -70,6 +70,9 @@ class RandAugment:
                 f"--randaugment {policy!r} is no policy of timm's ({str(problem) or 'it cannot be read'}). Write for "
                 f"example rand-m9-mstd0.5-inc1, or none."
             ) from None
+        for operation in self.transform.ops:
+            if operation.aug_fn is posterize:
+                operation.aug_fn = _posterize
         self.seed = seed
 
     def __call__(self, view: Float[Tensor, "c h w"], epoch: int, index: int) -> Float[Tensor, "c h w"]:
@@ -80,6 +83,13 @@ class RandAugment:
             changed = np.asarray(self.transform(image))
         changed = changed[..., None] if changed.ndim == 2 else changed
         return torch.from_numpy(changed.copy()).permute(2, 0, 1).float() / 255
+
+
+def _posterize(image: Image.Image, bits: int, **others: Any) -> Image.Image:
+    """Keep one bit at least: at the highest magnitude timm asks for none, which Pillow refuses from version 13 on."""
+    keep: Any = posterize  # untyped
+    changed: Image.Image = keep(image, max(1, bits), **others)
+    return changed
 
 
 class Mixing:

@@ -87,10 +87,12 @@ class Section:
         muted: Sequence[int] = (),
         sortable: bool = True,
         filterable: bool = False,
+        folded: str = "",
     ) -> None:
         """A table; the first column names the row. Rows whose index is in `muted` are there for comparison only.
 
-        With `filterable`, a field above it keeps the rows that hold each of the words typed there.
+        With `filterable`, a field above it keeps the rows that hold each of the words typed there; with `folded`, all
+        of it is behind that heading until the reader opens it.
         """
         table = _table(columns, rows, caption, frozenset(muted), sortable)
         if filterable:
@@ -101,7 +103,7 @@ class Section:
                 f'<input type="search" id="{name}" autocomplete="off"></label> '
                 f'<output for="{name}">{len(rows)} rows</output></p>{table}</div>'
             )
-        self._parts.append(table)
+        self._parts.append(f"<details><summary>{_marked(folded)}</summary>{table}</details>" if folded else table)
 
     def scatter(self, points: Sequence[ScatterPoint], xs: Sequence[Axis], ys: Sequence[Axis], *, caption: str) -> None:
         """A scatter plot whose axes the reader picks; see `render.scatter`."""

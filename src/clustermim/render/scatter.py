@@ -79,8 +79,9 @@ select,input[type=search]{font:inherit;color:var(--ink);background:var(--panel);
 .scatter .mark{cursor:pointer;outline:none}
 .scatter .mark:focus,.scatter .mark:hover{stroke:var(--ink);stroke-width:2.5}
 .scatter .told{min-height:3em;font-size:.9rem;margin:.4rem 0 0}
-.filter{margin:1rem 0 -.6rem}.filter label{display:inline-flex;flex-wrap:wrap;gap:.2rem .5rem;align-items:center}
-.filter{align-items:center}.filter input{min-width:min(100%,16rem)}
+.filter{margin:1rem 0 -.6rem}.filter label{display:inline-flex;gap:.2rem .5rem;align-items:center}
+.filter{align-items:center}.filter input{min-width:4rem;width:16rem;flex-shrink:1}
+@media (max-width:40rem){.scatter text{font-size:16px}}
 @media print{.scatter .choices,.filter,.scatter .told{display:none}}
 """
 
@@ -108,7 +109,7 @@ for (const box of document.querySelectorAll("[data-scatter]")) {
     return [found, Math.max(0, -Math.floor(Math.log10(step) + 1e-9))];
   };
   const shape = (x, y, n) => {
-    const s = 6, k = n % 5;
+    const s = 6, k = (n + Math.floor(n / 5)) % 5;  // five colours, and other marks the next time round
     if (k === 0) return `M${x - s},${y}a${s},${s} 0 1,0 ${2 * s},0a${s},${s} 0 1,0 ${-2 * s},0`;
     if (k === 1) return `M${x - s},${y - s}h${2 * s}v${2 * s}h${-2 * s}z`;
     if (k === 2) return `M${x},${y - s - 2}l${s + 2},${s + 2}l${-s - 2},${s + 2}l${-s - 2},${-s - 2}z`;

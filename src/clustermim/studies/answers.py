@@ -10,6 +10,9 @@ from clustermim.studies.collecting import Findings, RunRow
 from clustermim.studies.correlating import Correlation, Difference, Regret, correlate, paired_difference, regret
 from clustermim.studies.scores import SCORES, Score, leading
 
+WAYS = {"knn": "k-NN", "linear": "linear probe", "finetune": "fine-tuning", "fewshot": "few-shot"}
+"""How a sentence names a protocol."""
+
 EVERYTHING = "all targets"
 CHOICES = "without controls"
 """What a person would choose among: fitted tokens, neither controls nor pixels that are counted as identity tokens."""
@@ -320,7 +323,8 @@ def pair_sentence(pair: Pair) -> str:
         clear = "clear of chance" if gap.low > 0 or (gap.high or 0) < 0 else "within chance"
         doubt = f" ({gap.pairs} paired seeds, 95 % interval {_signed(gap.low, 1)} to {_signed(gap.high, 1)}: {clear})"
     where = _place(pair.data, pair.judged_on)
-    return f"On {where}, {pair.ours} is **{points}** {pair.theirs}{among} by {pair.protocol}{doubt}."
+    way = WAYS.get(pair.protocol, pair.protocol)
+    return f"On {where}, {pair.ours} is **{points}** {pair.theirs}{among} by {way}{doubt}."
 
 
 def floor_sentences(findings: Findings) -> list[str]:
@@ -339,8 +343,8 @@ def floor_sentences(findings: Findings) -> list[str]:
                 continue
             best, floor = max(means, key=lambda n: means[n]), max(floors, key=lambda n: floors[n])
             told.append(
-                f"**No encoder beats the floors** by {protocol} on {_place(data, judged_on)}: `{floor}`, which no "
-                f"pretraining has touched, reaches {100 * floors[floor]:.1f} %, {best} {100 * means[best]:.1f} %."
+                f"**No encoder beats the floors** by {WAYS.get(protocol, protocol)} on {_place(data, judged_on)}: "
+                f"`{floor}`, which no pretraining has touched, reaches {100 * floors[floor]:.1f} %, {best} {100 * means[best]:.1f} %."
             )
     return told
 
@@ -356,9 +360,8 @@ def prediction_sentences(findings: Findings, answers: Answers) -> list[str]:
         right = (
             "which it is" if r.points == 0 else f"but {r.best} is, by {r.points:.1f} points: the prediction **failed**"
         )
-        told.append(
-            f"{score.title} foretold that {r.picked} would be best on {_place(one.data, one.judged_on)}, {right}."
-        )
+        title, where = score.title[0].upper() + score.title[1:], _place(one.data, one.judged_on)
+        told.append(f"{title} foretold that {r.picked} would be best on {where}, {right}.")
     return told
 
 

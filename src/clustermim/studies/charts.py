@@ -80,7 +80,7 @@ def correlation_chart(ranked: Sequence[Ranked]) -> Figure:
         )
         for one in ordered
     ]
-    figure = interval_chart(points, x_label="Spearman's ρ, positive is the foretold order", zero=True)
+    figure = interval_chart(points, x_label="Spearman's ρ", zero=True)
     axes = figure.axes[0]
     axes.set_xlim(-1.05, 1.05)
     axes.axvline(0, color=axes.spines["bottom"].get_edgecolor(), linewidth=1.2)

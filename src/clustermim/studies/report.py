@@ -4,8 +4,6 @@ import shlex
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from clustermim.data.sources import ImageSource
-from clustermim.errors import ClusterMIMError
 from clustermim.render.page import Column, Page, Section
 from clustermim.render.scatter import Axis, ScatterPoint
 from clustermim.studies.answers import (
@@ -32,15 +30,10 @@ from clustermim.studies.collecting import Findings
 from clustermim.studies.folder import StudyFolder
 from clustermim.studies.opening import Sources
 from clustermim.studies.recipe import Recipe
+from clustermim.studies.report_tokens import add_tokens
 from clustermim.studies.scores import SCORES, leading
 from clustermim.studies.tables import protocol_title
-from clustermim.tokenizers.tokenizer import load_tokenizer
 from clustermim.training.progress import duration
-from clustermim.verbs.token_views import look_at_tokens
-from clustermim.verbs.tokenizer_show import add_maps, add_vocabulary
-
-_PICTURED = 2000  # images that the pictures of tokens are looked for in
-_MOST_TOKENS = 200  # pictures of a vocabulary
 
 
 def build_report(
@@ -76,7 +69,7 @@ def build_report(
     if answers.pairs:
         _pairs(page.section("The main comparison"), answers)
     if findings.tokens:
-        _tokens(page.section("Tokens and their scores"), findings, folder, sources, recipe)
+        add_tokens(page.section("Tokens and their scores"), findings, folder, sources, recipe)
     _runs(page.section("Every encoder"), findings)
     if findings.failures:
         _failures(page.section("What failed"), findings)
@@ -91,8 +84,8 @@ def _where(data: str, judged_on: str) -> str:
 def _targets(section: Section, findings: Findings, pairs: Sequence[tuple[str, str]]) -> None:
     if findings.failures:
         section.note(
-            f"**{len(findings.failures)} pieces of this study failed**; what depends on them is missing below. "
-            "The reasons stand under “What failed”."
+            f"**Pieces of this study that failed: {len(findings.failures)}.** What depends on them is missing below; "
+            "the reasons stand under “What failed”."
         )
     if easy := floor_sentences(findings):
         section.note(*easy)
@@ -158,19 +151,18 @@ def _floors(findings: Findings) -> list[dict[str, Any]]:
 
 def _scores(section: Section, findings: Findings, answers: Answers, pairs: Sequence[tuple[str, str]]) -> None:
     section.paragraph(
-        "Every score was computed and every ranking written to `predictions.json` before any training began. "
-        "Spearman's ρ is 1 if a score puts the targets into the order that training finds, 0 if it knows nothing of "
-        "it, −1 if it turns it round; scores that promise more when they are lower are turned first."
+        f"{_written(findings)} Spearman's ρ is 1 if a score puts the targets into the order that training finds, 0 if "
+        "it knows nothing of it, −1 if it turns it round; scores that promise more when they are lower are turned first."
     )
     for sentence in prediction_sentences(findings, answers):
         section.paragraph(sentence)
     for data, judged_on in pairs:
-        ranked = widest(answers, data, judged_on, "linear")
-        if ranked:
+        found = widest(answers, data, judged_on, "linear")
+        if found:
             section.chart(
-                correlation_chart(ranked),
+                correlation_chart(found),
                 description=f"Rank correlation of each score with linear accuracy on {_where(data, judged_on)}.",
-                caption=f"{_where(data, judged_on)}, linear probe, {ranked[0].scope} ({ranked[0].correlation.cells}), "
+                caption=f"{_where(data, judged_on)}, linear probe, {found[0].scope} ({found[0].correlation.cells}), "
                 "with 95 % bootstrap intervals over targets and seeds. Grey: scores that need no labels.",
             )
         points = _points(findings, data, judged_on)
@@ -188,12 +180,34 @@ def _scores(section: Section, findings: Findings, answers: Answers, pairs: Seque
             "No ranking can be judged: it takes at least three targets that differ in their score and in accuracy."
         )
         return
+    ranked = _plainest_first(answers)
+    main = [one for one in ranked if one.scope == CHOICES and one.protocol == "linear"]
+    _ranked_table(section, main, "Targets that a person would choose among, by linear probe.")
+    _ranked_table(section, ranked, "Every set of targets and way to judge.", folded="Every ranking")
+
+
+def _written(findings: Findings) -> str:
+    """Whether the predictions came first."""
+    begun = sum(p["of_these_pretrainings_had_begun"] for p in findings.predictions)
+    if not findings.predictions:
+        return "No prediction was written down."
+    if begun:
+        return (
+            f"The rankings were written to `predictions.json` when **{begun} of the pretrainings they speak of had "
+            "already begun**, because the recipe has grown: for these they foretell nothing."
+        )
+    return "Every ranking was written to `predictions.json` before any pretraining that it speaks of began."
+
+
+def _ranked_table(section: Section, ranked: Sequence[Ranked], says: str, *, folded: str = "") -> None:
+    if not ranked:
+        return
     section.table(
         [
             Column(key="score_title", title="score", kind="text"),
             Column(key="where", title="data", kind="text"),
-            Column(key="scope", title="targets", kind="text"),
-            Column(key="protocol", title="by", kind="text"),
+            *([Column(key="scope", title="targets", kind="text")] if folded else []),
+            *([Column(key="protocol", title="by", kind="text")] if folded else []),
             Column(key="cells", title="n", digits=0),
             Column(key="spearman", title="Spearman", digits=2, low="spearman_low", high="spearman_high"),
             Column(key="kendall", title="Kendall", digits=2, low="kendall_low", high="kendall_high"),
@@ -203,10 +217,11 @@ def _scores(section: Section, findings: Findings, answers: Answers, pairs: Seque
             Column(key="picked", title="picks", kind="text"),
             Column(key="best", title="best", kind="text"),
         ],
-        [_ranked_row(one.row()) for one in _plainest_first(answers)],
-        caption="Every score, set of targets and way to judge. Regret: points of accuracy between the best target and "
-        "the one that the score picks; compute saved: share of the training of all of them that picking spares.",
-        filterable=True,
+        [_ranked_row(one.row()) for one in ranked],
+        caption=f"{says} Regret: points of accuracy between the best target and the one that the score picks; compute "
+        "saved: share of the training of all of them that picking spares.",
+        filterable=bool(folded),
+        folded=folded,
     )
 
 
@@ -296,54 +311,6 @@ def _pair_row(row: dict[str, Any]) -> dict[str, Any]:
     return row | more | {key: 100 * row[key] for key in ("our_accuracy", "their_accuracy")}
 
 
-def _tokens(section: Section, findings: Findings, folder: StudyFolder, sources: Sources, recipe: Recipe) -> None:
-    rows = [{**vars(t), **t.scores, "reason": t.reason or None} for t in findings.tokens]
-    several = len({t.data for t in findings.tokens}) > 1
-    present = [s for s in SCORES if any(s.key in row for row in rows)]
-    section.table(
-        [
-            Column(key="name", title="tokenizer", kind="text"),
-            *([Column(key="data", title="data", kind="text")] if several else []),
-            Column(key="k", title="K", digits=0),
-            Column(key="used_tokens", title="used", digits=0),
-            *(
-                Column(
-                    key=s.key,
-                    title=s.title,
-                    best="max" if s.higher else "min",
-                    low=f"{s.key}_low" if s.key == SCORES[0].key else None,
-                    high=f"{s.key}_high" if s.key == SCORES[0].key else None,
-                )
-                for s in present
-            ),
-            Column(key="seconds", title="seconds", digits=1),
-            Column(key="reason", title="missing because", kind="text"),
-        ],
-        rows,
-        caption="Scores of every tokenizer, known before training. Best in bold; controls, in grey, do not compete.",
-        muted=[i for i, t in enumerate(findings.tokens) if t.control],
-        filterable=True,
-    )
-    for name in recipe.shown:
-        for token in [t for t in findings.tokens if t.name == name and folder.piece(t.fit).exists()][:1]:
-            part = sources.part(token.data, _PICTURED)
-            _pictures(section, name, token.data, part, folder, token.fit)
-
-
-def _pictures(section: Section, name: str, data: str, part: ImageSource, folder: StudyFolder, fit: str) -> None:
-    try:
-        view = look_at_tokens(load_tokenizer(folder.piece(fit) / "tokenizer"), part, examples=8, most=_MOST_TOKENS)
-    except ClusterMIMError as problem:  # a picture is no reason to lose a page
-        section.paragraph(f"No pictures of `{name}`: {problem}")
-        return
-    section.paragraph(
-        f"**`{name}` on {data}**: {view.used} of {view.vocab_size:,} tokens occur in {view.images:,} images, as "
-        f"many as {view.perplexity:.0f} in even use."
-    )
-    add_maps(section, view)
-    add_vocabulary(section, view, folded=f"The vocabulary of {name}")
-
-
 def _runs(section: Section, findings: Findings) -> None:
     rows = []
     for r in findings.runs:
@@ -395,10 +362,7 @@ def _failures(section: Section, findings: Findings) -> None:
 def _making(section: Section, findings: Findings, recipe: Recipe, command: str, facts: Mapping[str, Any]) -> None:
     if findings.predictions:
         written = ", ".join(f"{p['written']} ({p['data']}, round {p['round']})" for p in findings.predictions)
-        begun = sum(p["of_these_pretrainings_had_begun"] for p in findings.predictions)
-        section.paragraph(
-            f"Predictions were written at {written}; {begun or 'none'} of the pretrainings they speak of had begun."
-        )
+        section.paragraph(f"Predictions were written at {written}.")
     for note in findings.notes:
         section.paragraph(f"Note: {note}")
     data = " ".join(shlex.quote(entry.source) for entry in recipe.data.values())

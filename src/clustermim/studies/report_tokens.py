@@ -1,0 +1,65 @@
+"""The part of a study's page that shows tokens: their scores, vocabularies and maps."""
+
+from clustermim.data.sources import ImageSource
+from clustermim.errors import ClusterMIMError
+from clustermim.render.page import Column, Section
+from clustermim.studies.collecting import Findings
+from clustermim.studies.folder import StudyFolder
+from clustermim.studies.opening import Sources
+from clustermim.studies.recipe import Recipe
+from clustermim.studies.scores import SCORES
+from clustermim.tokenizers.tokenizer import load_tokenizer
+from clustermim.verbs.token_views import look_at_tokens
+from clustermim.verbs.tokenizer_show import add_maps, add_vocabulary
+
+_PICTURED = 2000  # images that the pictures of tokens are looked for in
+_MOST_TOKENS = 200  # pictures of a vocabulary
+
+
+def add_tokens(section: Section, findings: Findings, folder: StudyFolder, sources: Sources, recipe: Recipe) -> None:
+    """A table of every tokenizer and its scores, and pictures of those that the recipe wants shown."""
+    rows = [{**vars(t), **t.scores, "reason": t.reason or None} for t in findings.tokens]
+    several = len({t.data for t in findings.tokens}) > 1
+    present = [s for s in SCORES if any(s.key in row for row in rows)]
+    section.table(
+        [
+            Column(key="name", title="tokenizer", kind="text"),
+            *([Column(key="data", title="data", kind="text")] if several else []),
+            Column(key="k", title="K", digits=0),
+            Column(key="used_tokens", title="used", digits=0),
+            *(
+                Column(
+                    key=s.key,
+                    title=s.title,
+                    best="max" if s.higher else "min",
+                    low=f"{s.key}_low" if s.key == SCORES[0].key else None,
+                    high=f"{s.key}_high" if s.key == SCORES[0].key else None,
+                )
+                for s in present
+            ),
+            Column(key="seconds", title="seconds", digits=1),
+            Column(key="reason", title="missing because", kind="text"),
+        ],
+        rows,
+        caption="Scores of every tokenizer, known before training. Best in bold; controls, in grey, do not compete.",
+        muted=[i for i, t in enumerate(findings.tokens) if t.control],
+        filterable=True,
+    )
+    for name in recipe.shown:
+        for token in [t for t in findings.tokens if t.name == name and folder.piece(t.fit).exists()][:1]:
+            part = sources.part(token.data, _PICTURED)
+            _pictures(section, name, token.data, part, folder, token.fit)
+
+
+def _pictures(section: Section, name: str, data: str, part: ImageSource, folder: StudyFolder, fit: str) -> None:
+    try:
+        view = look_at_tokens(load_tokenizer(folder.piece(fit) / "tokenizer"), part, examples=8, most=_MOST_TOKENS)
+    except ClusterMIMError as problem:  # a picture is no reason to lose a page
+        section.paragraph(f"No pictures of `{name}`: {problem}")
+        return
+    section.paragraph(
+        f"**`{name}` on {data}**: {view.used} of {view.vocab_size:,} tokens occur in {view.images:,} images, as "
+        f"many as {view.perplexity:.0f} in even use."
+    )
+    add_maps(section, view)
+    add_vocabulary(section, view, folded=f"The vocabulary of {name}")
