@@ -344,7 +344,8 @@ def floor_sentences(findings: Findings) -> list[str]:
             best, floor = max(means, key=lambda n: means[n]), max(floors, key=lambda n: floors[n])
             told.append(
                 f"**No encoder beats the floors** by {WAYS.get(protocol, protocol)} on {_place(data, judged_on)}: "
-                f"`{floor}`, which no pretraining has touched, reaches {100 * floors[floor]:.1f} %, {best} {100 * means[best]:.1f} %."
+                f"`{floor}`, which no pretraining has touched, reaches {100 * floors[floor]:.1f} %, "
+                f"{best} {100 * means[best]:.1f} %."
             )
     return told
 

@@ -152,7 +152,7 @@ def _floors(findings: Findings) -> list[dict[str, Any]]:
 def _scores(section: Section, findings: Findings, answers: Answers, pairs: Sequence[tuple[str, str]]) -> None:
     section.paragraph(
         f"{_written(findings)} Spearman's ρ is 1 if a score puts the targets into the order that training finds, 0 if "
-        "it knows nothing of it, −1 if it turns it round; scores that promise more when they are lower are turned first."
+        "it knows nothing of it, −1 if it turns it round; scores that promise more when lower are turned first."
     )
     for sentence in prediction_sentences(findings, answers):
         section.paragraph(sentence)
