@@ -135,7 +135,7 @@ def supervise(crew: Crew, stop: StopRequest, estimate: Mapping[str, float]) -> d
                 return states
             if stop.reason is not None:
                 crew.end()
-                raise Stopped(f"The study was stopped {stop.reason}. The same command with --resume continues where it was.")
+                raise Stopped(f"The study was stopped {stop.reason}. The same command with --resume continues.")
             _look_after(crew)
             time.sleep(_LOOK)
 
@@ -165,7 +165,7 @@ def _look_after(crew: Crew) -> None:
         if code == 0:
             continue  # it saw everything settled
         if code == 75:
-            raise Stopped("The study was stopped at --max-minutes. The same command with --resume continues where it was.")
+            raise Stopped("The study was stopped at --max-minutes. The same command with --resume continues.")
         if code == 130:
             raise KeyboardInterrupt
         if code > 0:
