@@ -192,7 +192,7 @@ def _tell(console: Console, error: ClusterMIMError) -> None:
 def _tell_next(console: Console, arguments: Sequence[str], again: Mapping[str, Any] | None) -> None:
     """The whole command with which to go on, on a line of its own that can be copied."""
     if again is not None:
-        started = "as it was started before, " if "LOCAL_RANK" in os.environ else ""
+        started = "as it was started before, " if "RANK" in os.environ or "SLURM_PROCID" in os.environ else ""
         _print(console, f"Next: {started}{shlex.join(['clustermim', *repeated(arguments, again)])}")
 
 

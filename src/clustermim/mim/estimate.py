@@ -3,6 +3,7 @@
 import resource
 import sys
 import time
+from functools import partial
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ from clustermim.mim.costs import peak_flops, training_flops
 from clustermim.mim.pretraining import Masking, PretrainConfig, choose_kernels, compiled, masked_loss
 from clustermim.mim.targets import Target
 from clustermim.training.optimiser import make_adamw
+from clustermim.training.sharding import set_up
 
 _MEASURE_SECONDS = 3.0
 _MEASURE_STEPS = 20
@@ -42,8 +44,7 @@ def estimate(
     flops = training_flops(model, masking.hidden, masking.asked)
     able = peak_flops(fabric.device, str(fabric.strategy.precision.precision))
     choose_kernels(model, fabric, compile=config.compile)
-    optimiser: Any = make_adamw(model, lr=1e-6)
-    forward, optimiser = fabric.setup(compiled(model) if config.compile else model, optimiser)
+    forward, optimiser = set_up(fabric, compiled(model) if config.compile else model, partial(make_adamw, lr=1e-6))
     fabric.to_device(target)
     cuda = fabric.device.type == "cuda"
 

@@ -2,6 +2,7 @@
 
 import time
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal, Protocol, get_args, runtime_checkable
 
 import torch
@@ -24,6 +25,7 @@ from clustermim.training.ledger import Ledger, check_weights
 from clustermim.training.optimiser import cosine_with_warmup, make_adamw, scaled_lr, set_learning_rate
 from clustermim.training.progress import TrainingProgress
 from clustermim.training.resuming import keep, raise_stopped, restore, snapshot, unsynchronised
+from clustermim.training.sharding import set_up
 
 MaskKind = Literal["random", "block"]
 
@@ -232,8 +234,8 @@ def train(
     flops = training_flops(model, masking.hidden, masking.asked)
     able = peak_flops(fabric.device, str(fabric.strategy.precision.precision))
     choose_kernels(model, fabric, compile=config.compile)
-    optimiser: Any = make_adamw(model, lr=peak, weight_decay=config.weight_decay)
-    forward, optimiser = fabric.setup(compiled(model) if config.compile else model, optimiser)
+    make = partial(make_adamw, lr=peak, weight_decay=config.weight_decay)
+    forward, optimiser = set_up(fabric, compiled(model) if config.compile else model, make)
     predict = keeping_width(forward, fabric)
     fabric.to_device(target)
     ledger = Ledger(fabric, _ADVICE)

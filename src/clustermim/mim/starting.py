@@ -1,12 +1,13 @@
 """Where weights come from and where they go: an earlier encoder to continue from, and the files a run leaves behind."""
 
+from collections.abc import Mapping
 from pathlib import Path
 
 import safetensors.torch
 import timm
 from torch import Tensor
 
-from clustermim.encoders.keymaps import to_timm
+from clustermim.encoders.keymaps import to_mae_layout, to_timm
 from clustermim.encoders.weights import load_exactly, read_weights
 from clustermim.errors import InputError
 from clustermim.mim.contract import MaskedModel
@@ -63,10 +64,19 @@ def _from_hub(name: str) -> dict[str, Tensor]:
     return state
 
 
-def save_weights(model: MaskedModel, folder: Path) -> None:
-    """Write the encoder for timm and the whole model in the MAE layout into `folder`, each whole or not at all."""
-    for name, state in ((ENCODER_FILE, model.encoder.state_dict()), (MODEL_FILE, model.mae_state())):
-        tensors = {key: value.detach().cpu().contiguous() for key, value in state.items()}
+def save_weights(state: Mapping[str, Tensor], folder: Path) -> None:
+    """Write the encoder for timm and the whole model in the MAE layout into `folder`, each whole or not at all.
+
+    Parameters
+    ----------
+    state
+        Of a `MaskedModel`, its tensors whole.
+    folder
+        Where to.
+    """
+    encoder = {key.removeprefix("encoder."): value for key, value in state.items() if key.startswith("encoder.")}
+    for name, part in ((ENCODER_FILE, encoder), (MODEL_FILE, to_mae_layout(state))):
+        tensors = {key: value.detach().cpu().contiguous() for key, value in part.items()}
         atomic_save(
             folder / name,
             lambda path, tensors=tensors: safetensors.torch.save_file(tensors, path, metadata={"format": "pt"}),  # type: ignore[misc]

@@ -14,8 +14,10 @@ from lightning_fabric import Fabric
 
 from clustermim.errors import ClusterMIMError, InputError
 from clustermim.runs import RunDirectory
+from clustermim.training.sharding import sharding
 
 Device = Literal["auto", "cpu", "cuda", "mps"]
+Strategy = Literal["auto", "ddp", "fsdp"]
 Precision = Literal["auto", "32-true", "bf16-mixed", "64-true"]
 
 
@@ -43,7 +45,9 @@ def resolve_precision(precision: Precision, device: str) -> Literal["32-true", "
     return precision
 
 
-def make_fabric(device: Device = "auto", devices: int = 1, precision: Precision = "auto") -> Fabric:
+def make_fabric(
+    device: Device = "auto", devices: int = 1, precision: Precision = "auto", strategy: Strategy = "auto"
+) -> Fabric:
     """A Fabric that is ready to launch; under `torchrun` or SLURM it joins the processes that were started.
 
     Parameters
@@ -55,13 +59,17 @@ def make_fabric(device: Device = "auto", devices: int = 1, precision: Precision 
     precision
         `32-true`, `bf16-mixed` (weights and optimiser in 32 bits, matrix products in bfloat16), `64-true` (to compare
         computations with each other), or `auto`.
+    strategy
+        `ddp`: every process holds all weights. `fsdp`: each holds a part of them (see `sharding`). `auto`: `ddp` where
+        there are several processes.
 
     Raises
     ------
     InputError
-        The device is not there, or there are fewer than `devices`.
+        The device is not there, or there are fewer than `devices`, or it cannot do `strategy`.
     """
     kind = resolve_device(device)
+    width = resolve_precision(precision, kind)
     started = os.environ.get("LOCAL_WORLD_SIZE")
     nodes = 1
     if started is not None:  # torchrun has started the processes and says how many
@@ -80,9 +88,19 @@ def make_fabric(device: Device = "auto", devices: int = 1, precision: Precision 
         accelerator=kind,
         devices=devices,
         num_nodes=nodes,
-        strategy="ddp" if devices * nodes > 1 else "auto",
-        precision=resolve_precision(precision, kind),
+        strategy=_strategy(strategy, kind, width, devices * nodes),
+        precision=width,
     )
+
+
+def _strategy(strategy: Strategy, device: str, precision: str, processes: int) -> Any:
+    if strategy == "fsdp":
+        if device == "mps":
+            raise InputError("--strategy fsdp: PyTorch can do that on CUDA and on a CPU, not on mps. Leave it out.")
+        if precision == "64-true":
+            raise InputError("--strategy fsdp computes in 32 bits or bf16-mixed, not in 64. Use --precision 32-true.")
+        return sharding(processes)
+    return "ddp" if strategy == "ddp" or processes > 1 else "auto"
 
 
 def exact_fabric(device: Device, devices: int) -> Fabric:

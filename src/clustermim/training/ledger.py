@@ -13,6 +13,7 @@ from lightning_fabric import Fabric
 from torch import Tensor
 
 from clustermim.errors import NonFiniteLossError
+from clustermim.training.sharding import finite
 
 Record = tuple[int, dict[str, Tensor]]
 
@@ -88,8 +89,7 @@ def check_weights(parameters: Iterable[Tensor], step: int, advice: str) -> None:
     NonFiniteLossError
         A weight is NaN or infinite after `step`.
     """
-    norm = torch.nn.utils.get_total_norm([p.detach() for p in parameters])
-    if not bool(norm.isfinite()):
+    if not finite(torch.nn.utils.get_total_norm([p.detach() for p in parameters])):
         raise _by_all(f"The weights are not finite after step {step}: its gradient overflowed. {advice}")
 
 

@@ -13,6 +13,7 @@ from clustermim.runs import RunDirectory
 from clustermim.training.checkpoints import Checkpoints
 from clustermim.training.launch import StopRequest
 from clustermim.training.ledger import Ledger
+from clustermim.training.sharding import load_model, load_optimiser, whole
 
 
 def snapshot(
@@ -25,11 +26,12 @@ def snapshot(
 ) -> dict[str, Any]:
     """All that a continued run needs; order, views and masks are functions of the step, so no generator is saved.
 
-    `mean` is a running mean of weights, where one is kept.
+    `mean` is a running mean of weights, where one is kept. Sharded tensors are made whole, so all processes must ask
+    together.
     """
     return {
-        "model": model.state_dict(),
-        "optimiser": optimiser.state_dict(),
+        "model": whole(model.state_dict()),
+        "optimiser": whole(optimiser.state_dict()),
         "ledger": ledger.state(),
         "ema": None if mean is None else mean.module.state_dict(),
         "seconds": seconds,
@@ -77,8 +79,8 @@ def restore(
     done, seconds, row = 0, 0.0, {}
     if found is not None:
         done, state = found
-        model.load_state_dict(state["model"])
-        optimiser.load_state_dict(state["optimiser"])
+        load_model(model, state["model"])
+        load_optimiser(optimiser, state["optimiser"])
         ledger.restore(state["ledger"])
         if mean is not None:
             mean.module.load_state_dict(state["ema"])

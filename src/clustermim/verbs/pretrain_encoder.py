@@ -21,12 +21,13 @@ from clustermim.mim.targets import TargetOptions, make_target
 from clustermim.runs import RunDirectory
 from clustermim.tokenizers.tokenizer import load_tokenizer
 from clustermim.training.checkpoints import parse_interval
-from clustermim.training.launch import Device, Precision, make_fabric
+from clustermim.training.launch import Device, Precision, Strategy, make_fabric
 from clustermim.training.trouble import advice
 from clustermim.verbs.pretrain_run import (
     PretrainResult,
     carry_out,
     check_batch,
+    check_strategy,
     settle_patch_size,
     training_loader,
 )
@@ -39,7 +40,7 @@ from clustermim.verbs.pretrain_targets import (
 
 KIND = "pretrain"
 _VOLATILE = (
-    *("device", "devices", "workers", "resident", "compile"),
+    *("device", "devices", "strategy", "workers", "resident", "compile"),
     *("accumulate", "activation_checkpointing", "checkpoint_every", "log_every"),
 )
 _MENDABLE = ("lr", "clip_grad", "precision")
@@ -80,6 +81,7 @@ def pretrain(
     precision: Precision = "auto",
     device: Device = "auto",
     devices: int = 1,
+    strategy: Strategy = "auto",
     workers: int | None = None,
     resident: bool | None = None,
     compile: bool = False,
@@ -168,6 +170,9 @@ def pretrain(
         `auto` takes CUDA, else MPS, else the CPU.
     devices
         How many of them; under torchrun or SLURM their count is taken from there.
+    strategy
+        `ddp`: every device holds all weights. `fsdp`: each holds a part of weights and optimiser, for models that do
+        not fit on one; on CUDA, and on a CPU for tests. `auto`: `ddp` where there are several. Checkpoints fit either.
     workers
         Processes that read images; default: as many as help.
     resident
@@ -206,7 +211,8 @@ def pretrain(
     ResourceError
         Disk, memory or a process gave out; the last good checkpoint is kept.
     """
-    fabric = make_fabric(device, devices, precision)
+    fabric = make_fabric(device, devices, precision, strategy)
+    check_strategy(strategy, ema, compile)
     check_target_options(
         target,
         token={
@@ -311,6 +317,7 @@ def pretrain(
         "precision": str(fabric.strategy.precision.precision),
         "device": device,
         "devices": devices,
+        "strategy": strategy,
         "workers": workers,
         "resident": resident,
         "compile": compile,

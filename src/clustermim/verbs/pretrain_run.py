@@ -8,6 +8,7 @@ from typing import Any
 from lightning_fabric import Fabric
 from rich.console import Console
 from rich.table import Table
+from torch import Tensor
 
 from clustermim.data.loaders import Loader, make_loader
 from clustermim.data.sources import ImageSource
@@ -20,8 +21,9 @@ from clustermim.mim.targets import Target
 from clustermim.runs import RunDirectory
 from clustermim.tokenizers.tokenizer import Tokenizer
 from clustermim.training.checkpoints import Checkpoints
-from clustermim.training.launch import by_the_first, enter_on_first, listen_for_stop
+from clustermim.training.launch import Strategy, by_the_first, enter_on_first, listen_for_stop
 from clustermim.training.progress import duration
+from clustermim.training.sharding import whole
 from clustermim.training.trouble import advice, resumable
 
 _INPUTS = (
@@ -102,8 +104,15 @@ def carry_out(
             if held is not None:
                 held.note_divergence()
             raise
-        by_the_first(fabric, _finish, held, model, row)
+        by_the_first(fabric, _finish, held, whole(model.state_dict()), row)
     return PretrainResult(out=run.path, model=facts["model"], figures=row)
+
+
+def check_strategy(strategy: Strategy, ema: float | None, compile: bool) -> None:
+    """Refuse what sharded weights cannot do here."""
+    for name, given in (("ema", ema is not None), ("compile", compile)):
+        if strategy == "fsdp" and given:
+            raise InputError(f"--{name} cannot be used with --strategy fsdp. Leave it out, or use --strategy ddp.")
 
 
 def _begin(run: RunDirectory, facts: Mapping[str, Any]) -> None:
@@ -111,8 +120,8 @@ def _begin(run: RunDirectory, facts: Mapping[str, Any]) -> None:
     run.write_manifest({**facts, "status": "running"})
 
 
-def _finish(run: RunDirectory, model: MaskedModel, row: dict[str, Any]) -> None:
-    save_weights(model, run.path)
+def _finish(run: RunDirectory, state: Mapping[str, Tensor], row: dict[str, Any]) -> None:
+    save_weights(state, run.path)
     run.finish({"result": row})
 
 
