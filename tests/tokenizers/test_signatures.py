@@ -38,6 +38,9 @@ def test_unused_tokens() -> None:
 
 def test_uneven_use() -> None:
     assert signatures.uneven_use(26.0, 100, 0.1) is None
+    for learned, remedy in ((False, "--metric cosine"), (True, "--epochs")):
+        told = signatures.uneven_use(3.2, 100, 0.8, learned=learned)
+        assert told is not None and remedy in told.says
     found = signatures.uneven_use(3.2, 100, 0.8)
     assert found is not None and found.value == 3.2 and "80 %" in found.says
 

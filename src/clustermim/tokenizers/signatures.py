@@ -82,8 +82,8 @@ def start_spread(inertias: Sequence[float]) -> Signature | None:
     )
 
 
-def unused_tokens(used: int, k: int) -> Signature | None:
-    """Tokens that no patch has."""
+def unused_tokens(used: int, k: int, *, learned: bool = False) -> Signature | None:
+    """Tokens that no patch has; `learned` ones may come into use with more training."""
     share = 1.0 - used / k
     if share <= UNUSED:
         return None
@@ -91,7 +91,8 @@ def unused_tokens(used: int, k: int) -> Signature | None:
         name="unused tokens",
         value=k - used,
         says=f"{k - used:,} of {k:,} tokens ({_percent(share)}) are never used: they cost a class each in the model's "
-        f"head and mean nothing. Choose --k of about {used:,}, or fit on more varied images.",
+        f"head and mean nothing. {'Train longer (--epochs), choose' if learned else 'Choose'} --k of about {used:,}, "
+        "or fit on more varied images.",
     )
 
 
@@ -149,7 +150,7 @@ def nearest_other(
     return (exact[rows] - exact[other]).square().sum(1), other
 
 
-def uneven_use(perplexity: float, k: int, commonest: float) -> Signature | None:
+def uneven_use(perplexity: float, k: int, commonest: float, *, learned: bool = False) -> Signature | None:
     """A few tokens that name most patches.
 
     Parameters
@@ -160,7 +161,10 @@ def uneven_use(perplexity: float, k: int, commonest: float) -> Signature | None:
         Vocabulary.
     commonest
         Share of the patches that the commonest token has.
+    learned
+        Whether the tokens were trained, and not clustered: they take other options.
     """
+    remedy = "training longer (--epochs)" if learned else "pixel?standardise=true, --metric cosine"
     if perplexity >= EVENNESS * k:
         return None
     return Signature(
@@ -168,7 +172,7 @@ def uneven_use(perplexity: float, k: int, commonest: float) -> Signature | None:
         value=perplexity,
         says=f"The {k:,} tokens are used as unevenly as {perplexity:,.1f} would be evenly, and the commonest names "
         f"{_percent(commonest)} of the patches (background?), so there is little to predict: try "
-        "pixel?standardise=true, --metric cosine, or a larger --patch-size.",
+        f"{remedy}, or a larger --patch-size.",
     )
 
 
@@ -311,10 +315,12 @@ def signatures_of(tokenizer: Tokenizer, usage: Usage) -> list[Signature]:
     constant = facts.get("constant_dimensions", usage.constant)
     error = facts.get("inertia_per_patch", usage.error)
     features, codebook = tokenizer.features, tokenizer.codebook
+    learned = tokenizer.kind == "vqvae"
+    commonest = float(usage.counts.max() / usage.counts.sum())
     found = [
         start_spread(facts.get("starts", ())),
-        unused_tokens(facts.get("used_tokens", int((usage.counts > 0).sum())), k),
-        uneven_use(facts.get("perplexity", usage.perplexity), k, float(usage.counts.max() / usage.counts.sum())),
+        unused_tokens(facts.get("used_tokens", int((usage.counts > 0).sum())), k, learned=learned),
+        uneven_use(facts.get("perplexity", usage.perplexity), k, commonest, learned=learned),
         rare_tokens(usage.images_with, usage.images),
     ]
     if codebook is not None and codebook.metric != "dot" and error is not None:
