@@ -56,7 +56,8 @@ class Neighbourhoods:
         if self._homes is None:
             search = nearest_to(centroids, metric, self._rows[:BLOCK].mean(0))
             ids = torch.cat([search(part) for part in torch.split(self._rows, BLOCK)])
-            self.settle(centroids, ids)
+            self._homes = centroids.clone()
+            self._lay_out(ids)
             return ids
         lists = self._lists(centroids)
         ids = torch.empty(len(self._rows), dtype=torch.int64)
@@ -68,11 +69,6 @@ class Neighbourhoods:
             scores = torch.baddbmm(half[:, None], self._rows[tiles] - origin, near.transpose(1, 2))
             ids[tiles] = listed.gather(1, scores.max(2).indices)
         return ids
-
-    def settle(self, homes: Float[Tensor, "k d"], ids: Int64[Tensor, " n"]) -> None:
-        """Take `homes[ids]` as the homes of the rows, as the first call of `assign` does with what it finds."""
-        self._homes = homes.clone()
-        self._lay_out(ids)
 
     def _lists(self, centroids: Tensor) -> Int64[Tensor, "k listed"]:
         """The centroids nearest to each home, near first."""
