@@ -1,6 +1,7 @@
 """Shared by all tests: shapes and types are checked at run time here, and only here."""
 
 import os
+import signal
 
 # pytest-xdist runs a process on each core, so each takes one thread and none spins.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -27,3 +28,6 @@ def checked(thing):  # type: ignore[no-untyped-def]
 install_import_hook("clustermim", "conftest.checked")
 
 pytest_plugins = ["invoking"]
+
+# A shell without job control lets what it starts in the background ignore interrupts; some tests send them.
+signal.signal(signal.SIGINT, signal.default_int_handler)

@@ -39,7 +39,7 @@ def write_tiny_run(folder: Path, image_size: tuple[int, int] = (24, 32)) -> Path
     data |= {"image_size": list(image_size), "mean": MEAN, "std": STD}
     config = {"data": "photos", "target": "token", "tokenizer": "/home/somebody/tokens", "epochs": 3}
     with RunDirectory(folder, "pretrain", config) as run:
-        save_weights(model, run.path)
+        save_weights(model.state_dict(), run.path)
         run.finish({"model": recipe, "data": data})
     return folder
 
