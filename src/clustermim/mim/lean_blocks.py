@@ -16,8 +16,8 @@ from timm.layers.mlp import Mlp
 from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
-_IMAGES = 4
-"""Images whose attention weights are held at a time."""
+_WEIGHTS = 1 << 21
+"""Attention weights held at a time, of as many images as that is: what stays in a core's cache."""
 
 
 class LeanBlock(Block):
@@ -174,12 +174,18 @@ def _heads(packed: Tensor, parts: int, heads: int) -> Tensor:
     return split.reshape(parts, b * heads, n, width // parts // heads)
 
 
+def _images(n: int, heads: int) -> int:
+    """How many images of n tokens are attended to at a time."""
+    return max(_WEIGHTS // (heads * n * n), 1)
+
+
 def _attend(packed: Float[Tensor, "b n three_d"], heads: int) -> Float[Tensor, "b n d"]:
     """softmax(q kᵀ / √d) v for queries, keys and values packed as timm's `qkv` gives them."""
     b, n, width = packed.shape
     size = width // 3 // heads
     out = packed.new_empty(b, n, width // 3)
-    for part, into in zip(torch.split(packed, _IMAGES), torch.split(out, _IMAGES), strict=True):
+    images = _images(n, heads)
+    for part, into in zip(torch.split(packed, images), torch.split(out, images), strict=True):
         q, k, v = _heads(part, 3, heads)
         weights = torch.bmm(q * size**-0.5, k.transpose(1, 2)).softmax(-1)
         into.view(-1, n, heads, size).transpose(1, 2).copy_(torch.bmm(weights, v).view(-1, heads, n, size))
@@ -193,7 +199,8 @@ def _attend_backward(
     _, n, width = packed.shape
     size = width // 3 // heads
     result = torch.empty_like(packed)
-    for part, given, into in zip(*(torch.split(whole, _IMAGES) for whole in (packed, grad, result)), strict=True):
+    images = _images(n, heads)
+    for part, given, into in zip(*(torch.split(whole, images) for whole in (packed, grad, result)), strict=True):
         q, k, v = _heads(part, 3, heads)
         (of_out,) = _heads(given, 1, heads)
         q = q * size**-0.5  # not in place: of one image, these are views
