@@ -75,7 +75,7 @@ def add_up(
     counts = torch.zeros(k, dtype=torch.int64)
     sums = torch.zeros(k, dim, dtype=torch.float64 if exact_order else torch.int64, device=centroids.device)
     assert data.num_rows is not None
-    scale = 2.0 ** min(62 - math.ceil(math.log2(max(data.largest * data.num_rows, 1e-30))), 100)
+    scale = whole_units(data)
     far = centroids.new_empty(0, dim)
     far_error = centroids.new_empty(0)
     rows = 0
@@ -87,16 +87,37 @@ def add_up(
             error = (block - centroids[ids]).square().sum(1)
             far, far_error = _farthest(torch.cat([far, block]), torch.cat([far_error, error]), worst)
     others = data.processes
-    rows = sum(others.sizes(rows))
-    if rows != data.num_rows:
-        raise InputError(f"The patches changed between two passes: {data.num_rows} at first, {rows} now.")
+    check_count(data, rows)
     if worst:
         far, _ = _farthest(others.join(far), others.join(far_error), worst)
     counts, sums = others.add(counts), others.add(sums)
     exact = sums.cpu().double() / (1.0 if exact_order else scale)
+    return Sums(exact, counts, inertia_of(data, centroids, exact, counts), far)
+
+
+def whole_units(data: RowStream | RowsInMemory) -> float:
+    """How many units a 1 is, where sums over all rows are whole numbers of 64 bits: far finer than float32's step."""
+    return 2.0 ** min(62 - math.ceil(math.log2(max(data.largest * (data.num_rows or 0), 1e-30))), 100)
+
+
+def check_count(data: RowStream | RowsInMemory, rows: int) -> None:
+    """Check that a pass, of whose rows this process saw so many, had as many as the first one.
+
+    Raises
+    ------
+    InputError
+        It had not.
+    """
+    found = sum(data.processes.sizes(rows))
+    if found != data.num_rows:
+        raise InputError(f"The patches changed between two passes: {data.num_rows} at first, {found} now.")
+
+
+def inertia_of(data: RowStream | RowsInMemory, centroids: Tensor, sums: Tensor, counts: Tensor) -> float:
+    """The sum of squared distances of all rows to their centroids, from the sums and counts of the clusters."""
     c = centroids.cpu().double()
-    inertia = data.square_sum - 2.0 * float((c * exact).sum()) + float((c.square().sum(1) * counts).sum())
-    return Sums(exact, counts, max(inertia, 0.0), far)
+    inertia = data.square_sum - 2.0 * float((c * sums).sum()) + float((c.square().sum(1) * counts).sum())
+    return max(inertia, 0.0)
 
 
 def _assigned(data: RowStream | RowsInMemory, centroids: Tensor, metric: FitMetric) -> Iterator[tuple[Tensor, Tensor]]:

@@ -26,7 +26,7 @@ from clustermim.errors import InputError
 from clustermim.tokenizers.assigning import Assigner
 from clustermim.tokenizers.codebook import unit_rows
 from clustermim.tokenizers.kmeans import fit_kmeans
-from clustermim.tokenizers.lloyd import Progress, Step
+from clustermim.tokenizers.lloyd import Progress, Step, Sums, check_count, inertia_of, moved, whole_units
 from clustermim.tokenizers.nearest import FitMetric
 from clustermim.tokenizers.processes import Processes
 from clustermim.tokenizers.progress import PassProgress
@@ -156,12 +156,11 @@ def fit_two_levels(
             step = state.progress.steps
             codebook = TwoLevelCodebook(state.centroids, *parts, metric, used)
             found = _add_up(stream, codebook)
-            empty = int((found.counts == 0).sum())
-            mean = found.inertia / stream.num_rows
+            empty, mean = len(found.empty), found.inertia / stream.num_rows
             state.history.append({"stage": "full", "rows": stream.num_rows, "inertia": mean, "empty": empty})
             if step == refinements:
                 return TwoLevelResult(codebook, found.counts, found.inertia, stream.num_rows, state.history)
-            state.keep("full", _means(codebook, found), progress=Progress(steps=step + 1))
+            state.keep("full", moved(codebook.centroids, found, metric), progress=Progress(steps=step + 1))
 
 
 def check_levels(kind: str, k: int, levels: int, probes: int | None, cells: int | None = None) -> None:
@@ -207,6 +206,7 @@ def _find_cells(
         max_passes=_CELLS_PASSES,
         tol=_CELLS_TOL,
         first_row=first,
+        processes=processes,
     ).centroids
 
 
@@ -273,34 +273,21 @@ def share_out(k: int, weights: Float64[Tensor, " c"], most: Int64[Tensor, " c"])
     return shares
 
 
-@dataclass(frozen=True)
-class _Sums:
-    sums: Tensor  # (K, D) float64
-    counts: Tensor  # (K,) int64
-    inertia: float
-
-
-def _add_up(stream: RowStream, codebook: TwoLevelCodebook) -> _Sums:
+def _add_up(stream: RowStream, codebook: TwoLevelCodebook) -> Sums:
     """Assign every row once and add up the clusters."""
     where = torch.device("cpu") if codebook.centroids.device.type == "mps" else codebook.centroids.device
-    assert stream.num_rows is not None
-    scale = 2.0 ** min(62 - math.ceil(math.log2(max(stream.largest * stream.num_rows, 1e-30))), 100)
+    scale, rows = whole_units(stream), 0
     sums = torch.zeros(codebook.size, codebook.dim, dtype=torch.int64, device=where)
-    counts = torch.zeros(codebook.size, dtype=torch.int64, device=where)
-    inertia, rows = torch.zeros(1, dtype=torch.float64), 0
+    counts = torch.zeros(codebook.size, dtype=torch.int64)
     for block in _large(stream):
         ids = codebook.assign(block)
-        exact = block.to(where).double()
-        inertia += (exact - codebook.centroids[ids].to(where).double()).square().sum().cpu()
-        ids = ids.to(where)
-        sums.index_add_(0, ids, exact.mul_(scale).round_().long())
-        counts += torch.bincount(ids, minlength=codebook.size)
+        sums.index_add_(0, ids.to(where), block.to(where).double().mul_(scale).round_().long())
+        counts += torch.bincount(ids, minlength=codebook.size).cpu()
         rows += len(block)
-    others = stream.processes
-    rows = sum(others.sizes(rows))
-    if rows != stream.num_rows:
-        raise InputError(f"The patches changed between two passes: {stream.num_rows} at first, {rows} now.")
-    return _Sums(others.add(sums).double() / scale, others.add(counts), float(others.add(inertia)))
+    check_count(stream, rows)
+    counts, exact = stream.processes.add(counts), stream.processes.add(sums).cpu().double() / scale
+    inertia = inertia_of(stream, codebook.centroids, exact, counts)
+    return Sums(exact, counts, inertia, codebook.centroids.new_empty(0, codebook.dim))
 
 
 def _large(stream: RowStream) -> Iterator[Float[Tensor, "n d"]]:
@@ -313,14 +300,3 @@ def _large(stream: RowStream) -> Iterator[Float[Tensor, "n d"]]:
             held = []
     if held:
         yield torch.cat(held)
-
-
-def _means(codebook: TwoLevelCodebook, found: _Sums) -> Float[Tensor, "k d"]:
-    """The means of the clusters, of unit length for cosine; a cluster without rows stays where it is."""
-    used = found.counts > 0
-    length = found.counts.double()[:, None]
-    if codebook.metric == "cosine":
-        length = found.sums.norm(dim=1, keepdim=True)
-        used &= length[:, 0] > 0  # rows that cancel out have no direction
-    means = (found.sums / length.clamp_min(1e-300)).float().to(codebook.centroids.device)
-    return torch.where(used[:, None].to(means.device), means, codebook.centroids)
