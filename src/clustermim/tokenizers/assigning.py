@@ -34,7 +34,7 @@ Metric = Literal["l2", "cosine", "dot"]
 Products = Literal["auto", "float32", "bfloat16"]
 
 _SCORES = 1 << 19  # of one product on a CPU: what stays in a core's cache
-_PARTS = 4  # products before their scores are looked at: the smaller steps cost as much for few rows as for many
+_PARTS = 4  # products of a block: what else is done with its rows costs as much for few of them as for many
 _DEVICE_SCORES = 1 << 26
 _ROWS = 8192  # of a block, at most
 _FLAT = 160  # up to so many centroids, all scores are searched at once; above, group by group
@@ -96,7 +96,7 @@ class Assigner:
         return ids
 
     def _cuts(self, n: int) -> Iterator[tuple[int, int]]:
-        """Where blocks begin and end: as many whole products as may be looked at together, then what is left over."""
+        """Where blocks begin and end: as many whole products as a block may have, then what is left over."""
         whole, start = n - n % self.rows, 0
         while start < whole:
             stop = min(start + self._parts * self.rows, whole)
