@@ -20,6 +20,8 @@ import torch
 from recording import record
 from torch import distributed
 
+from clustermim.openmp import WAITING
+
 DIM, K, SEEDS = 48, 200, 3
 
 
@@ -60,7 +62,7 @@ def work(folder: Path, total: int, size: int, rank: int, threads: int, dtype: st
 
 def fit(total: int, size: int, threads: int, dtype: str) -> dict[str, object]:
     with tempfile.TemporaryDirectory() as folder:
-        environment = os.environ | {"OMP_NUM_THREADS": str(threads), "OMP_WAIT_POLICY": "PASSIVE"}
+        environment = os.environ | {"OMP_NUM_THREADS": str(threads)} | WAITING
         jobs = [
             subprocess.Popen(
                 [sys.executable, __file__, "--worker", folder, str(total), str(size), str(rank), str(threads), dtype],

@@ -31,6 +31,8 @@ import torch
 from kmeans_speed import write_patches
 from recording import record
 
+from clustermim.openmp import WAITING
+
 DIM, BLOCK, REPEATS = 48, 16_384, 3
 SPEED_BAR, ERROR_BAR = 10.0, 1.05
 
@@ -156,7 +158,7 @@ def means(x: torch.Tensor, ids: torch.Tensor, c: torch.Tensor) -> torch.Tensor:
 def in_process(options: argparse.Namespace, what: str, path: Path) -> dict[str, Any]:
     """Run one part by itself, so that its peak memory is its own."""
     plain = {key: value for key, value in os.environ.items() if key not in ("OPENBLAS_CORETYPE", "OPENBLAS_L2_SIZE")}
-    plain |= {"OMP_NUM_THREADS": str(options.threads), "OMP_WAIT_POLICY": "PASSIVE"}
+    plain |= {"OMP_NUM_THREADS": str(options.threads)} | WAITING
     command = [sys.executable, *sys.argv, "--worker", what, "--patches", str(path)]
     done = subprocess.run(command, env=plain, stdout=subprocess.PIPE, text=True, check=True)
     found: dict[str, Any] = json.loads(done.stdout.strip().splitlines()[-1])

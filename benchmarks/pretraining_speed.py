@@ -23,6 +23,8 @@ from typing import Any
 from pretraining_arms import BATCH, choose
 from recording import record
 
+from clustermim.openmp import WAITING
+
 PEERS = ("transformers", "lightly", "stable-pretraining")
 OURS = ("pixel", "token")
 CROSS = ("pixel cross", "pixel cross 1/4")
@@ -48,7 +50,7 @@ class Arm:
         command += ["--compile"] if compile else []
         command += ["--peers", peers] if peers else []
         # Ours as its command line starts it; the peers as PyTorch starts.
-        policy = {} if name in PEERS else {"OMP_WAIT_POLICY": "PASSIVE"}
+        policy = {} if name in PEERS else WAITING
         pipes: Any = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL}
         self.process = subprocess.Popen(command, text=True, env=os.environ | policy, **pipes)
         self.first = self.answer()

@@ -14,7 +14,9 @@ import time
 from pathlib import Path
 from typing import Any
 
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as the command line does; read when torch loads
+from clustermim.openmp import WAITING
+
+os.environ.update(WAITING)  # as the command line does; read when torch loads
 
 import numpy as np
 from recording import record

@@ -22,8 +22,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from clustermim.openmp import WAITING
+
 # Before torch loads, as the command line does: spinning OpenMP threads take the cores from whatever else runs.
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+os.environ.update(WAITING)
 
 import numpy as np
 from recording import commit, provenance, record

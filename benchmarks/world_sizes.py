@@ -32,7 +32,7 @@ def train(out: Path, world: str, more: list[str], strategy: str) -> list[float]:
     command = ["-m", "clustermim", "pretrain", *OPTIONS.split(), *more, "--out", str(out)]
     if world != WORLDS[0]:
         command += ["--strategy", strategy]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"}
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
     if world != WORLDS[2]:
         devices = ["--devices", "2"] if world == WORLDS[1] else []
         jobs = [subprocess.Popen([sys.executable, *command, *devices], env=environment, stdout=subprocess.DEVNULL)]

@@ -19,6 +19,7 @@ from rich.console import Console
 
 from clustermim import __version__
 from clustermim.errors import ClusterMIMError, InputError, nearest
+from clustermim.openmp import WAITING
 
 _VERBS = {
     "demo": ("verbs.run_demo:demo", "The whole idea on embedded images, in about two minutes."),
@@ -233,7 +234,6 @@ def _started_by_the_first() -> bool:
 
 def main() -> None:
     """Entry point of the `clustermim` command."""
-    # Threads that spin while they wait take the core from the very thread they wait for when anything else runs on the
-    # machine: small steps then take twenty times as long. Asleep they cost nothing measurable. Read when torch loads.
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    if not WAITING.keys() & os.environ.keys():
+        os.environ.update(WAITING)
     sys.exit(run(sys.argv[1:]))

@@ -16,6 +16,8 @@ from timm.layers.mlp import Mlp
 from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
+from clustermim.products import linear
+
 _WEIGHTS = 1 << 21
 """Attention weights held at a time, of as many images as that is: what stays in a core's cache."""
 
@@ -76,14 +78,6 @@ def _plain(block: Block) -> bool:
     )
 
 
-def product(x: Float[Tensor, "rows i"], weight: Float[Tensor, "o i"], bias: Tensor | None = None) -> Tensor:
-    """The linear layer x weightᵀ + bias, by oneDNN where PyTorch has it."""
-    if torch._C._has_mkldnn and x.dtype in (torch.float32, torch.bfloat16) and len(x):
-        found: Tensor = torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
-        return found
-    return F.linear(x, weight, bias)
-
-
 class _AttentionHalf(torch.autograd.Function):
     """x + proj(attention(qkv(norm(x))))."""
 
@@ -94,9 +88,9 @@ class _AttentionHalf(torch.autograd.Function):
     ) -> Tensor:  # fmt: skip
         qkv_low, proj_low = qkv.to(low), proj.to(low)
         normed, mean, rstd = torch.native_layer_norm(x, x.shape[-1:], norm, shift, eps)
-        packed = product(normed.to(low).flatten(0, 1), qkv_low, qkv_bias.to(low)).view(*x.shape[:2], -1)
+        packed = linear(normed.to(low).flatten(0, 1), qkv_low, qkv_bias.to(low)).view(*x.shape[:2], -1)
         mixed = _attend(packed, heads)
-        out = product(mixed.flatten(0, 1), proj_low, proj_bias.to(low)).view_as(x)
+        out = linear(mixed.flatten(0, 1), proj_low, proj_bias.to(low)).view_as(x)
         ctx.save_for_backward(x, norm, shift, mean, rstd, qkv_low, proj_low, packed, mixed)
         ctx.heads, ctx.low = heads, low
         return x + out
@@ -106,11 +100,11 @@ class _AttentionHalf(torch.autograd.Function):
         x, norm, shift, mean, rstd, qkv, proj, packed, mixed = ctx.saved_tensors
         inner = grad.to(ctx.low).flatten(0, 1)
         of_proj, of_proj_bias = inner.t() @ mixed.flatten(0, 1), inner.sum(0)
-        of_mixed = product(inner, proj.t()).view_as(mixed)
+        of_mixed = linear(inner, proj.t()).view_as(mixed)
         of_packed = _attend_backward(of_mixed, packed, ctx.heads).flatten(0, 1)
         normed = _normed(x, norm, shift, mean, rstd).to(ctx.low).flatten(0, 1)
         of_qkv, of_qkv_bias = of_packed.t() @ normed, of_packed.sum(0)
-        of_normed = product(of_packed, qkv.t()).view_as(x)
+        of_normed = linear(of_packed, qkv.t()).view_as(x)
         of_x, of_norm, of_shift = _norm_backward(of_normed, x, norm, shift, mean, rstd)
         kind = norm.dtype
         return (
@@ -129,8 +123,8 @@ class _MlpHalf(torch.autograd.Function):
     ) -> Tensor:  # fmt: skip
         fc1_low, fc2_low = fc1.to(low), fc2.to(low)
         normed, mean, rstd = torch.native_layer_norm(x, x.shape[-1:], norm, shift, eps)
-        wide = product(normed.to(low).flatten(0, 1), fc1_low, fc1_bias.to(low))
-        out = product(F.gelu(wide), fc2_low, fc2_bias.to(low)).view_as(x)
+        wide = linear(normed.to(low).flatten(0, 1), fc1_low, fc1_bias.to(low))
+        out = linear(F.gelu(wide), fc2_low, fc2_bias.to(low)).view_as(x)
         ctx.save_for_backward(x, norm, shift, mean, rstd, fc1_low, fc2_low, wide)
         ctx.low = low
         return x + out
@@ -140,10 +134,10 @@ class _MlpHalf(torch.autograd.Function):
         x, norm, shift, mean, rstd, fc1, fc2, wide = ctx.saved_tensors
         inner = grad.to(ctx.low).flatten(0, 1)
         of_fc2, of_fc2_bias = inner.t() @ F.gelu(wide), inner.sum(0)
-        of_wide = torch.ops.aten.gelu_backward(product(inner, fc2.t()), wide)
+        of_wide = torch.ops.aten.gelu_backward(linear(inner, fc2.t()), wide)
         normed = _normed(x, norm, shift, mean, rstd).to(ctx.low).flatten(0, 1)
         of_fc1, of_fc1_bias = of_wide.t() @ normed, of_wide.sum(0)
-        of_normed = product(of_wide, fc1.t()).view_as(x)
+        of_normed = linear(of_wide, fc1.t()).view_as(x)
         of_x, of_norm, of_shift = _norm_backward(of_normed, x, norm, shift, mean, rstd)
         kind = norm.dtype
         return (

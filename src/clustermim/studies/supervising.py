@@ -14,6 +14,7 @@ from rich.console import Console
 from rich.live import Live
 
 from clustermim.errors import ResourceError, Stopped
+from clustermim.openmp import WAITING
 from clustermim.runs import atomic_write
 from clustermim.studies.folder import SETTLED, State, StudyFolder
 from clustermim.studies.live import progress_table
@@ -58,7 +59,7 @@ class Crew:
 
     def start(self, place: int) -> None:
         """Start the process of one place."""
-        environment = {**without_ranks(), "OMP_NUM_THREADS": str(self.threads), "OMP_WAIT_POLICY": "PASSIVE"}
+        environment = WAITING | without_ranks() | {"OMP_NUM_THREADS": str(self.threads)}
         if self.gpus > 1:
             visible = os.environ.get("CUDA_VISIBLE_DEVICES", ",".join(map(str, range(self.gpus)))).split(",")
             environment["CUDA_VISIBLE_DEVICES"] = visible[(place + (local_place() or 0)) % len(visible)]

@@ -30,6 +30,8 @@ import torch
 from jaxtyping import Bool, Float, Float64, Int64
 from torch import Tensor
 
+from clustermim.products import linear
+
 Metric = Literal["l2", "cosine", "dot"]
 Products = Literal["auto", "float32", "bfloat16"]
 
@@ -198,7 +200,7 @@ class Assigner:
             if not len(open_rows):
                 return ids
             if table.coarse and 2 * len(open_rows) > len(block):
-                return self._search(block, "float32")
+                return self._searched_again(block)
             found = (scores.index_select(1, open_rows) <= limit[open_rows]).nonzero()
             row, candidate = open_rows[found[:, 1]], found[:, 0]
         else:
@@ -206,7 +208,7 @@ class Assigner:
             for scores, least, limit in table.scores(block, max(len(block) // self.rows, 1)):
                 found = (least <= limit).nonzero()
                 if table.coarse and 4 * len(found) > (self._groups + 16) * len(limit):
-                    return self._search(block, "float32")
+                    return self._searched_again(block)
                 group, place = found.unbind(1)
                 spread = scores.view(self._groups, self._group, -1)[group, :, place]
                 pair, inside = (spread <= limit[place, None]).nonzero().unbind(1)
@@ -226,6 +228,11 @@ class Assigner:
         if len(lost):
             ids[lost] = self._brute(block[lost])
         return ids
+
+    def _searched_again(self, block: Tensor) -> Tensor:
+        """The ids of a block where bfloat16 left too many candidates; that tells more than its being late."""
+        self._late += 1
+        return self._search(block, "float32")
 
     def _nearest_of(self, block: Tensor, row: Tensor, candidate: Tensor) -> tuple[Tensor, Tensor]:
         """Which rows have exact candidates, and the nearest of them, the lowest id among equals."""
@@ -336,7 +343,7 @@ class _Table:
             bound = bound + _shortened() * (2.0 * length * self._length + self._half_length)
         pieces = (torch.split(t, n // parts) for t in (wide, 2.0 * bound, fine))
         for rows, reach, sure in zip(*pieces, strict=True):
-            scores = torch.mm(self._columns, rows.t(), out=self.room("scores", len(self._columns), len(rows)))
+            scores = self._products(rows)
             if not self.coarse:
                 least = self._of_groups(scores)
                 best = least.amin(0)
@@ -350,6 +357,12 @@ class _Table:
             limit = (best * (1.0 + share) + reach) * ((1.0 + 2.0**-20) / (1.0 - share))
             bits = ((limit.view(torch.int32) + 0xFFFF) >> 16).to(torch.int16)  # to bfloat16, upwards
             yield scores, least, torch.where(sure, bits, -1)
+
+    def _products(self, rows: Tensor) -> Tensor:
+        """Of all centroids with rows: (padded K, m)."""
+        if not self.coarse and rows.device.type == "cpu":
+            return linear(self._columns, rows)
+        return torch.mm(self._columns, rows.t(), out=self.room("scores", len(self._columns), len(rows)))
 
     def _shifted(self, block: Float[Tensor, "n d"], y: Tensor) -> tuple[Float[Tensor, " n"], Bool[Tensor, " n"]]:
         """Rows in the centroids' frame, or of unit length, into `y`; their lengths; which can be bounded."""

@@ -1,0 +1,18 @@
+"""Matrix products by the faster library where PyTorch brings two."""
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor
+
+
+def linear(x: Float[Tensor, "rows i"], weight: Float[Tensor, "o i"], bias: Tensor | None = None) -> Tensor:
+    """The linear layer x weightᵀ + bias without gradients: (rows, o).
+
+    In 32 and 16 bits on a CPU it is oneDNN's, where PyTorch has it: `torch.nn.functional.linear` asks another library
+    for 32 bits, which was 5 to 20 % slower on the CPUs looked at.
+    """
+    if torch._C._has_mkldnn and x.device.type == "cpu" and x.dtype in (torch.float32, torch.bfloat16) and len(x):
+        found: Tensor = torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+        return found
+    return F.linear(x, weight, bias)
