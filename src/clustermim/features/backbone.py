@@ -41,7 +41,7 @@ class BackboneFeatures(NetworkFeatures):
         grid = (view.image_size[0] // patch_size, view.image_size[1] // patch_size)
         size = _size(part, outline, view.image_size, grid)
         options = {"size": f"{size[0]}x{size[1]}"} | {k: v for k, v in part.options.items() if k == "remap"}
-        rest = part.argument if part.file is None else f"{part.argument}@{part.file}"
+        rest = part.argument if part.file is None else f"{part.argument}@{part.path(part.file)}"
         try:
             encoder = open_timm(part.text, rest, options, view)
         except InputError as error:

@@ -6,6 +6,7 @@ A new feature is one file with a `PatchFeatures` class and one line in `_REGISTR
 import importlib
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any, TypeVar
 
 from jaxtyping import Float
@@ -185,7 +186,9 @@ class PatchFeatures(nn.Module, ABC):
         return nn.Module.train(self, False)
 
 
-def make_features(spec: "str | PatchFeatures", *, patch_size: int, view: ViewConfig) -> PatchFeatures:
+def make_features(
+    spec: "str | PatchFeatures", *, patch_size: int, view: ViewConfig, base: Path | None = None
+) -> PatchFeatures:
     """Build patch features for images as `view` shows them.
 
     Parameters
@@ -198,6 +201,8 @@ def make_features(spec: "str | PatchFeatures", *, patch_size: int, view: ViewCon
         Patch side P in pixels.
     view
         Size, channels, mean and std of the images.
+    base
+        Folder that relative paths in `spec` start from; None: the working directory.
 
     Raises
     ------
@@ -215,7 +220,7 @@ def make_features(spec: "str | PatchFeatures", *, patch_size: int, view: ViewCon
         return spec
     from clustermim.features.joining import JoinedFeatures, JoinOptions  # which build on this file
 
-    parts, tail = parse_spec(spec)
+    parts, tail = parse_spec(spec, base)
     options = JoinOptions.from_spec(tail)
     for part in parts:
         if part.name not in _REGISTRY:

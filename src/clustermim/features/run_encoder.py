@@ -1,7 +1,6 @@
 """Features of an encoder that was pretrained here: tokens of a second and third round, as HuBERT iterates."""
 
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import timm
@@ -45,7 +44,7 @@ class RunFeatures(NetworkFeatures):
         if part.argument is None or part.file is not None:
             raise InputError(f"Features `{part.text}`: name the run directory of a pretraining, as in run:runs/first.")
         dtype = part.choice("dtype", DTYPES)
-        path = Path(part.argument)
+        path = part.path(part.argument)
         encoder = open_run(path)
         manifest = read_manifest(path)
         model, data = manifest["model"], manifest["data"]

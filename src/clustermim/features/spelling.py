@@ -1,7 +1,9 @@
 """The spelling of features: `name[:argument][@file][?key=value&..]`, parts joined by `+`, a tail behind `|`."""
 
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from urllib.parse import parse_qsl, unquote
 
 from clustermim.errors import InputError, nearest
@@ -16,6 +18,12 @@ class SpecPart:
     argument: str | None
     file: str | None
     options: Mapping[str, str]
+    base: Path | None = None
+    """Folder that relative paths start from; None: the working directory."""
+
+    def path(self, named: str) -> Path:
+        """Where a file or folder is that the spec names."""
+        return Path(named) if self.base is None else Path(os.path.normpath(self.base / named))
 
     def check_options(self, known: Sequence[str]) -> None:
         """Refuse options that the feature does not have.
@@ -82,7 +90,7 @@ class SpecPart:
         return value
 
 
-def parse_spec(spec: str) -> tuple[list[SpecPart], SpecPart | None]:
+def parse_spec(spec: str, base: Path | None = None) -> tuple[list[SpecPart], SpecPart | None]:
     """Take a spec `part[+part..][|tail]`, each part `name[:argument][@file][?key=value&..]`, apart.
 
     In the path of a file or folder, `+`, `?`, `@`, `|` and `%` are written %2B, %3F, %40, %7C and %25.
@@ -91,6 +99,8 @@ def parse_spec(spec: str) -> tuple[list[SpecPart], SpecPart | None]:
     ----------
     spec
         For example ``"pixel+backbone:resnet18@w.pth?layer=2|pca=64"``.
+    base
+        Folder that relative paths in it start from; None: the working directory.
 
     Returns
     -------
@@ -118,7 +128,7 @@ def parse_spec(spec: str) -> tuple[list[SpecPart], SpecPart | None]:
         head, _, file = head.partition("@")
         name, _, argument = head.partition(":")
         options = _options(text, query, "?key=value&key=value") if mark else {}
-        parts.append(SpecPart(text.strip(), name, unquote(argument) or None, unquote(file) or None, options))
+        parts.append(SpecPart(text.strip(), name, unquote(argument) or None, unquote(file) or None, options, base))
     return parts, after
 
 

@@ -1,6 +1,7 @@
 """How a piece of each kind is done: by the functions of the verbs, in this process."""
 
 import json
+import os
 import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
@@ -10,6 +11,7 @@ from typing import Any
 from urllib.parse import quote
 
 from clustermim.errors import InputError
+from clustermim.features.patches import make_features
 from clustermim.runs import atomic_write
 from clustermim.studies.choosing import choose_trial, deciding_of, places, select_for
 from clustermim.studies.folder import StudyFolder
@@ -80,11 +82,15 @@ def _fit(piece: Piece, bench: Bench, work: Path) -> dict[str, Any]:
         }
         settings["vqvae"] = VQVAEConfig(**chosen, max_minutes=bench.minutes_left())
     settings = {key: value for key, value in settings.items() if key not in learned}
-    if isinstance(settings.get("features"), str):
-        settings["features"] = PLACEHOLDER.sub(lambda match: _encoder_of(match[1], piece, bench), settings["features"])
-    out = work / "tokenizer"
+    train, out, features = bench.sources.train(piece.data), work / "tokenizer", settings.get("features")
+    if isinstance(features, str) and PLACEHOLDER.search(features):
+        # Seen from the tokenizer's folder, an encoder has one name on every machine, wherever the study is moved.
+        named = PLACEHOLDER.sub(
+            lambda match: quote(os.path.relpath(_encoder_of(match[1], piece, bench), out), safe="/"), features
+        )
+        settings["features"] = make_features(named, patch_size=settings["patch_size"], view=train.view, base=out)
     tokenizer = fit_tokenizer(
-        bench.sources.train(piece.data),
+        train,
         out=out,
         resume=True,
         device=bench.device,
@@ -95,13 +101,13 @@ def _fit(piece: Piece, bench: Bench, work: Path) -> dict[str, Any]:
     return {key: value for key, value in tokenizer.rows()[0].items() if isinstance(value, str | int | float | bool)}
 
 
-def _encoder_of(target: str, piece: Piece, bench: Bench) -> str:
-    """Folder of the chosen first-round encoder of a target, as a feature spec spells it."""
+def _encoder_of(target: str, piece: Piece, bench: Bench) -> Path:
+    """Folder of the chosen first-round encoder of a target."""
     cell = next(c for c in bench.plan.cells if c.data == piece.data and c.settings["named"] == target)
     runs = {trial.pretrain for trial in cell.trials}
     own = [o for o in piece.any_of if o in runs or set(bench.plan.pieces[o].needs) & runs]
     chosen = choose_trial(bench.plan, bench.folder, tuple(own))
-    return quote(str(bench.folder.piece(chosen.pretrain) / "run"), safe="/")
+    return bench.folder.piece(chosen.pretrain) / "run"
 
 
 def _score(piece: Piece, bench: Bench, work: Path) -> dict[str, Any]:

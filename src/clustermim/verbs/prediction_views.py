@@ -143,7 +143,7 @@ def look_at_predictions(
     _, hidden = split_mask(mask)
     target = settings.get("target", "pixel")
     if target == "token":
-        return _tokens(model, images, mask, hidden, predictions, manifest, ratio)
+        return _tokens(model, images, mask, hidden, predictions, run, ratio)
     side, channels = model.patch_size, model.channels
     if target != "pixel" or predictions.shape[2] != side * side * channels:
         return Predictions(missing=f"The target `{target}` of this run is nothing that can be shown as a picture.")
@@ -158,11 +158,12 @@ def _tokens(
     mask: Bool[Tensor, "b n"],
     hidden: Int64[Tensor, "b hidden"],
     predictions: Float[Tensor, "b hidden k"],
-    manifest: dict[str, Any],
+    run: Path,
     ratio: float,
 ) -> Predictions:
+    manifest = read_manifest(run)
     try:
-        tokenizer = load_tokenizer(str(manifest.get("tokenizer"))).to(images.device)
+        tokenizer = load_tokenizer(_tokenizer_of(run, manifest)).to(images.device)
     except InputError as error:
         return Predictions(missing=f"The tokenizer of this run cannot be opened, so there is no truth to show: {error}")
     wanted = manifest.get("tokenizer_fingerprint")
@@ -228,6 +229,12 @@ def unpatchify(patches: Float[Tensor, "b n d"], grid: tuple[int, int], side: int
     rows, columns = grid
     cut = patches.reshape(len(patches), rows, columns, side, side, -1)
     return cut.permute(0, 5, 1, 3, 2, 4).reshape(len(patches), -1, rows * side, columns * side)
+
+
+def _tokenizer_of(run: Path, manifest: dict[str, Any]) -> str:
+    """Where it lies as seen from the run, which holds when the two were moved together; else where it was."""
+    beside = manifest.get("tokenizer_from_here")
+    return str(run / beside if beside and (run / beside).is_dir() else manifest.get("tokenizer"))
 
 
 def _settings(run: Path) -> dict[str, Any]:

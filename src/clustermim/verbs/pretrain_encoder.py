@@ -29,6 +29,7 @@ from clustermim.verbs.pretrain_run import (
     check_batch,
     check_strategy,
     settle_patch_size,
+    tokenizer_from_run,
     training_loader,
 )
 from clustermim.verbs.pretrain_targets import (
@@ -337,6 +338,7 @@ def pretrain(
         | view.to_dict(),
         "data_fingerprint": source.fingerprint(),
         "tokenizer": str(tokenizer) if isinstance(tokenizer, str | Path) else None,
+        "tokenizer_from_here": tokenizer_from_run(out, tokenizer),
         "tokenizer_fingerprint": None if tokens is None else tokens.fingerprint(),
         "norm_pix": norm_pix if target == "pixel" else None,
         "features_fingerprint": None

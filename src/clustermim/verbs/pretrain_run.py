@@ -1,5 +1,6 @@
 """What `clustermim pretrain` does once everything fits: train inside the run directory, keep what is to be kept."""
 
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -163,6 +164,13 @@ def _check_same_inputs(run: RunDirectory, facts: Mapping[str, Any]) -> None:
                 f"--resume: {what} is not what {run.path} was started with: its contents have changed since. "
                 "Restore them, or choose another --out."
             )
+
+
+def tokenizer_from_run(run: Path, tokenizer: Any) -> str | None:
+    """The way from a run directory to its tokenizer's folder, which holds where both are moved; None if it is none."""
+    if not isinstance(tokenizer, str | Path) or not Path(tokenizer).is_dir():
+        return None
+    return Path(os.path.relpath(Path(tokenizer).resolve(), run.resolve())).as_posix()
 
 
 def training_loader(
