@@ -14,13 +14,16 @@ import pytest
 import yaml
 from study_samples import planned, run_here, small_recipe, write_images
 
+from clustermim.encoders.opening import open_encoder
 from clustermim.errors import InputError, Stopped
 from clustermim.studies.collecting import collect
 from clustermim.studies.command import study
 from clustermim.studies.doing import Bench
 from clustermim.studies.folder import StudyFolder
 from clustermim.studies.working import work
-from clustermim.training.launch import StopRequest
+from clustermim.tokenizers.tokenizer import load_tokenizer
+from clustermim.training.launch import StopRequest, listen_for_stop
+from clustermim.verbs.prediction_views import look_at_predictions
 from invoking import Invoke
 
 
@@ -147,16 +150,39 @@ def test_images_without_labels_are_scored_and_trained_but_not_judged(tmp_path: P
     assert all(row.lr is not None and row.run is not None and not row.accuracy for row in found.runs)
 
 
-def test_second_round_tokens_wait_for_their_encoder(source: Path, tmp_path: Path) -> None:
-    values = small_recipe(source, tokenizers={"pixel": {"k": 4}, "second": {"features": "run:{mae}?layer=2", "k": 4}})
-    values |= {"controls": [], "floors": []}
-    _, _, plan, folder = run_here(values, tmp_path / "s")
+def test_second_round_tokens_wait_for_their_encoder_and_a_study_that_was_moved_is_whole(
+    source: Path, tmp_path: Path
+) -> None:
+    tokenizers = {"pixel": {"k": 4}, "second": {"features": "pixel+run:{clustermim pixel}?layer=2|pca=4", "k": 4}}
+    values = small_recipe(source, tokenizers=tokenizers, controls=[], floors=["bag-of-tokens:second"])
+    here, there = tmp_path / "here", tmp_path / "elsewhere" / "there"
+    _, _, plan, folder = run_here(values, here)
     assert set(folder.states(plan).values()) == {"done"}
-    order = [row["piece"] for row in folder.journal() if row["event"] == "end"]
     second = next(token for token in plan.tokens if token.name == "second")
+    fit = second.fit
     assert second.round == 2
-    assert max(order.index(i) for i in plan.pieces[second.fit].any_of) < order.index(second.fit)
-    assert len(json.loads((folder.path / "predictions.json").read_text())) == 2
+    order = [row["piece"] for row in folder.journal() if row["event"] == "end"]
+    assert max(order.index(i) for i in plan.pieces[fit].any_of) < order.index(fit)
+    assert len(json.loads((here / "predictions.json").read_text())) == 2
+    fingerprint = load_tokenizer(here / "pieces" / fit / "tokenizer").fingerprint()
+    there.parent.mkdir()
+    here.rename(there)
+
+    # Nothing in the folder of a second-round tokenizer speaks of the place where it was made.
+    files = [file for file in (there / "pieces" / fit).rglob("*") if file.is_file()]
+    assert [file.name for file in files if str(here).encode() in file.read_bytes()] == []
+    tokenizer = load_tokenizer(there / "pieces" / fit / "tokenizer")
+    assert tokenizer.fingerprint() == fingerprint
+    named = tokenizer.facts["spec"].partition("run:")[2].partition("?")[0]
+    assert (there / "pieces" / fit / "tokenizer" / named / "encoder.safetensors").is_file()
+
+    recipe, sources, plan, folder = run_here(values, there)
+    assert len([row for row in folder.journal() if row["event"] == "begin"]) == len(plan.pieces)
+    found = next(row.run for row in collect(plan, folder, recipe).runs if row.name == "clustermim second")
+    assert found is not None
+    run = folder.piece(found) / "run"
+    shown = look_at_predictions(run, open_encoder(run), sources.train("tiny"), [0, 1])
+    assert not shown.missing and shown.tokenizer is not None and shown.tokenizer.fingerprint() == fingerprint
 
 
 @pytest.mark.slow
@@ -233,6 +259,39 @@ def test_a_stop_between_pieces_is_polite(source: Path, tmp_path: Path) -> None:
     assert set(folder.states(plan).values()) <= {"ready", "waiting"}
 
 
+def test_a_piece_without_checkpoint_is_broken_off_and_repeated(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from clustermim.studies import doing
+
+    values = small_recipe(source, targets={"mae": {"target": "pixel"}}, controls=[], tokenizers={"pixel": {"k": 4}})
+    _, sources, plan = planned(values)
+    folder = StudyFolder(tmp_path / "s")
+    folder.open("", plan)
+    real, judged = doing.judge, []
+
+    def slow(*args: Any, **options: Any) -> Any:
+        judged.append(args)
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(60)
+        return real(*args, **options)
+
+    monkeypatch.setattr(doing, "judge", slow)
+    began = time.monotonic()
+    bench = Bench(plan=plan, folder=folder, sources=sources, device="cpu")
+    with listen_for_stop() as stop, pytest.raises(Stopped):
+        work(bench, stop)
+    assert time.monotonic() - began < 30
+    states = folder.states(plan)
+    broken = [row["piece"] for row in folder.journal() if row["event"] == "stopped"]
+    assert len(judged) == len(broken) == 1 and states[broken[0]] == "ready"
+    monkeypatch.setattr(doing, "judge", real)
+    work(bench, StopRequest())
+    assert set(folder.states(plan).values()) == {"done"}
+    assert [begun(folder).count(piece) for piece in plan.pieces] == [1 + (p == broken[0]) for p in plan.pieces]
+    assert folder.record(broken[0])["seconds"] < 30  # of the attempt that counts
+
+
 def start(file: Path, out: Path, *more: str) -> "subprocess.Popen[bytes]":
     words = [sys.executable, "-m", "clustermim", "study", str(file), "--out", str(out), "--resume", "--jobs", "1"]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
@@ -298,6 +357,7 @@ def test_sigterm_stops_with_75_and_the_next_call_goes_on(source: Path, tmp_path:
     time.sleep(3)
     process.send_signal(signal.SIGTERM)
     assert process.wait(60) == 75
-    assert "--resume" in (process.stderr.read().decode() if process.stderr else "")
+    told = process.stderr.read().decode() if process.stderr else ""
+    assert "Next: clustermim study" in told and "--resume" in told
     assert not list((tmp_path / "s" / "locks").glob("*.lock"))
     assert list((tmp_path / "s" / "work").glob("pretrain-*/run/checkpoints/*"))

@@ -13,7 +13,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.live import Live
 
-from clustermim.errors import ResourceError, Stopped
+from clustermim.errors import Interrupted, ResourceError, Stopped
 from clustermim.openmp import WAITING
 from clustermim.runs import atomic_write
 from clustermim.studies.folder import SETTLED, State, StudyFolder
@@ -23,6 +23,7 @@ from clustermim.studies.ranks import local_place, without_ranks
 from clustermim.training.launch import StopRequest
 
 _LOOK = 0.5  # seconds between two looks at the folder
+_AGAIN = {"resume": True}
 _DEATHS = 2
 """A piece whose process was killed so often, while nobody asked for it, counts as failed."""
 
@@ -136,7 +137,11 @@ def supervise(crew: Crew, stop: StopRequest, estimate: Mapping[str, float]) -> d
                 return states
             if stop.reason is not None:
                 crew.end()
-                raise Stopped(f"The study was stopped {stop.reason}. The same command with --resume continues.")
+                if stop.interrupted:
+                    raise Interrupted
+                raise Stopped(
+                    f"The study was stopped {stop.reason}. The same command with --resume continues.", again=_AGAIN
+                )
             _look_after(crew)
             time.sleep(_LOOK)
 
@@ -144,10 +149,9 @@ def supervise(crew: Crew, stop: StopRequest, estimate: Mapping[str, float]) -> d
 def _tell(console: Console, folder: StudyFolder, plan: Plan, states: Mapping[str, State], told: set[str]) -> set[str]:
     """Where there is no terminal, a line for each piece that has been settled."""
     new = {identity for identity, state in states.items() if state in SETTLED} - told
-    settled = len(new) + len(told)
-    for identity in (identity for identity in plan.pieces if identity in new):
+    for number, identity in enumerate((i for i in plan.pieces if i in new), len(told) + 1):
         piece = plan.pieces[identity]
-        line = f"[{settled}/{len(plan.pieces)}] {states[identity]}: {piece.kind} of {piece.name}"
+        line = f"[{number}/{len(plan.pieces)}] {states[identity]}: {piece.kind} of {piece.name}"
         if states[identity] != "done":
             line += f": {folder.why(plan, states, identity)}"
         console.print(line, markup=False, highlight=False, soft_wrap=True)
@@ -166,11 +170,12 @@ def _look_after(crew: Crew) -> None:
         if code == 0:
             continue  # it saw everything settled
         if code == 75:
-            raise Stopped("The study was stopped at --max-minutes. The same command with --resume continues.")
+            why = "One of its processes was stopped" if crew.max_minutes is None else "It was stopped at --max-minutes"
+            raise Stopped(f"{why}; the same command with --resume continues.", again=_AGAIN)
         if code == 130:
-            raise KeyboardInterrupt
+            raise Interrupted
         if code > 0:
-            raise ResourceError(f"A process of the study ended with {code}: {crew.last_words()}")
+            raise ResourceError(f"A process of the study ended with {code}: {crew.last_words()}", again=_AGAIN)
         _bury(crew, process.pid, -code)
         crew.start(crew.places[process.pid])
 

@@ -9,6 +9,7 @@ import time
 import traceback
 from collections.abc import Callable, Iterator
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -20,6 +21,9 @@ from clustermim.studies.doing import Bench, do_piece, write_predictions
 from clustermim.studies.folder import SETTLED
 from clustermim.studies.pieces import Piece
 from clustermim.training.launch import StopRequest
+
+_REPEATED = frozenset({"score", "select", "probe"})
+"""Kinds of pieces that a request to stop breaks off: they have no checkpoint and are repeated from their beginning."""
 
 _PATIENCE = 0.5  # seconds between two looks, while others are at work
 _LITTLE_SPACE = 64 * 2**20  # bytes: a piece that fails on a disk as full as this says nothing about the piece
@@ -35,7 +39,7 @@ def work(
     bench
         The study, the images, the device.
     stop
-        Looked at between pieces; trainings look for themselves.
+        Looked at between pieces; fits and trainings look for themselves, and pieces of the other kinds are broken off.
     capture
         Write what a piece prints to its log instead of the terminal.
     tell
@@ -60,21 +64,30 @@ def work(
         for identity in open_:
             with bench.folder.claim(identity) as lease:
                 if lease is not None:
-                    _do(bench.plan.pieces[identity], bench, lease, facts, capture, tell)
+                    _do(bench.plan.pieces[identity], bench, stop, lease, facts, capture, tell)
                     break
         else:
             time.sleep(_PATIENCE)
 
 
-def _do(piece: Piece, bench: Bench, lease: Lease, facts: object, capture: bool, tell: Callable[[str], None]) -> None:
+def _do(
+    piece: Piece,
+    bench: Bench,
+    stop: StopRequest,
+    lease: Lease,
+    facts: object,
+    capture: bool,
+    tell: Callable[[str], None],
+) -> None:
     folder = bench.folder
     place = folder.begin(piece.id)
     began, started = time.monotonic(), datetime.now(UTC).isoformat(timespec="seconds")
     seconds = place / "seconds.txt"
+    do = partial(do_piece, piece, bench, place)
     before = float(seconds.read_text()) if seconds.exists() else 0.0
     try:
         with _printed_to(place / "log.txt" if capture else None):
-            result = do_piece(piece, bench, place)
+            result = stop.breaking_off(do) if piece.kind in _REPEATED else do()
             taken = before + time.monotonic() - began
             record = {"kind": piece.kind, "name": piece.name, "result": result, "seconds": round(taken, 3)}
             seconds.unlink(missing_ok=True)
@@ -82,7 +95,8 @@ def _do(piece: Piece, bench: Bench, lease: Lease, facts: object, capture: bool, 
                 piece.id, record | {"started": started, "threads": torch.get_num_threads()} | {"made_by": facts}, lease
             )
     except (Stopped, KeyboardInterrupt):
-        seconds.write_text(f"{before + time.monotonic() - began:.3f}")
+        if piece.kind not in _REPEATED:
+            seconds.write_text(f"{before + time.monotonic() - began:.3f}")
         folder.note("stopped", piece.id)
         raise
     except Exception as error:

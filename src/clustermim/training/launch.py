@@ -7,15 +7,16 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from types import FrameType
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import torch
 from lightning_fabric import Fabric
 
-from clustermim.errors import ClusterMIMError, InputError
+from clustermim.errors import ClusterMIMError, InputError, Stopped
 from clustermim.runs import RunDirectory
 from clustermim.training.sharding import sharding
 
+Result = TypeVar("Result")
 Device = Literal["auto", "cpu", "cuda", "mps"]
 Strategy = Literal["auto", "ddp", "fsdp"]
 Precision = Literal["auto", "32-true", "bf16-mixed", "64-true"]
@@ -125,12 +126,17 @@ def agree(fabric: Fabric, wish: bool) -> bool:
     return bool(total.item() > 0)
 
 
+class _AtOnce(BaseException):
+    """What breaks off work that does not look for requests; no `except Exception` on the way may hold it up."""
+
+
 class StopRequest:
     """Whether training has been asked to stop, and by what; see `listen_for_stop`."""
 
     def __init__(self, max_seconds: float | None = None) -> None:
         self._deadline = None if max_seconds is None else time.monotonic() + max_seconds
         self._signal: int | None = None
+        self._breaks_off = False
         self.interrupted = False
 
     @property
@@ -148,6 +154,52 @@ class StopRequest:
             raise KeyboardInterrupt
         self._signal = number
         self.interrupted = number == signal.SIGINT
+        self._break_off()
+
+    def breaking_off(self, work: Callable[[], Result]) -> Result:
+        """Call work that does not look for requests and leaves nothing half done; a request breaks it off where it is.
+
+        Raises
+        ------
+        Stopped
+            On request; the work has to be repeated.
+        """
+        try:
+            with _alarm(self._deadline, self._break_off):
+                try:
+                    self._breaks_off = True
+                    if self.reason is not None:
+                        raise _AtOnce
+                    return work()
+                finally:
+                    self._breaks_off = False
+        except _AtOnce:
+            raise Stopped(f"Stopped {self.reason}.", again={"resume": True}) from None
+
+    def _take(self, other: "StopRequest") -> None:
+        """Know of a request that another has received."""
+        if self._signal is None:
+            self._signal, self.interrupted = other._signal, other.interrupted
+
+    def _break_off(self) -> None:
+        if self._breaks_off:
+            self._breaks_off = False  # once: what cleans up on the way out is left in peace
+            raise _AtOnce
+
+
+@contextlib.contextmanager
+def _alarm(deadline: float | None, call: Callable[[], None]) -> Iterator[None]:
+    """Call something when the time has come; only in the main thread, and where the system has alarms."""
+    if deadline is None or threading.current_thread() is not threading.main_thread() or not hasattr(signal, "SIGALRM"):
+        yield
+        return
+    before = signal.signal(signal.SIGALRM, lambda number, frame: call())
+    signal.setitimer(signal.ITIMER_REAL, max(1e-3, deadline - time.monotonic()))
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
 
 
 @contextlib.contextmanager
@@ -156,8 +208,9 @@ def listen_for_stop(max_minutes: float | None = None) -> Iterator[StopRequest]:
     polite request.
 
     The training loop looks at `reason` between steps, writes a checkpoint and ends. The handlers that stood before are
-    put back at the end. Outside the main thread Python allows no handlers, and only the time limit counts. What is
-    ignored stays ignored: under `nohup` a closed terminal stops nothing.
+    put back at the end; where one listens inside another, each knows of a request that the other received. Outside the
+    main thread Python allows no handlers, and only the time limit counts. What is ignored stays ignored: under `nohup`
+    a closed terminal stops nothing.
     """
     request = StopRequest(None if max_minutes is None else 60.0 * max_minutes)
     before: dict[int, Any] = {}
@@ -166,11 +219,15 @@ def listen_for_stop(max_minutes: float | None = None) -> Iterator[StopRequest]:
             number = getattr(signal, name, None)  # not every system has all of them
             if number is not None and signal.getsignal(number) is not signal.SIG_IGN:
                 before[number] = signal.signal(number, request.receive)
+    owners = [getattr(handler, "__self__", None) for handler in before.values()]
+    outer = next((owner for owner in owners if isinstance(owner, StopRequest)), request)
+    request._take(outer)
     try:
         yield request
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+        outer._take(request)
 
 
 @contextlib.contextmanager
