@@ -34,7 +34,7 @@ _API = {
     "show": "clustermim.verbs.show_run",
     "export_encoder": "clustermim.verbs.export_run",
     "import_checkpoint": "clustermim.verbs.import_file",
-    "demo": "clustermim.verbs.run_demo",
+    "demo": "clustermim.studies.demo_command",
     "study": "clustermim.studies.command",
 }
 
@@ -78,6 +78,7 @@ if TYPE_CHECKING:
     from clustermim.scoring.graph import augmentation_spectrum
     from clustermim.scoring.tcas import TokenScore, score_tokens
     from clustermim.studies.command import study
+    from clustermim.studies.demo_command import demo
     from clustermim.tokenizers.tokenizer import Tokenizer, load_tokenizer
     from clustermim.verbs.embed_images import embed
     from clustermim.verbs.export_run import export_encoder
@@ -86,7 +87,6 @@ if TYPE_CHECKING:
     from clustermim.verbs.import_file import import_checkpoint
     from clustermim.verbs.pretrain_encoder import pretrain
     from clustermim.verbs.probe_encoders import probe
-    from clustermim.verbs.run_demo import demo
     from clustermim.verbs.score import tcas
     from clustermim.verbs.show_run import show
     from clustermim.verbs.tokenize_images import tokenize

@@ -22,7 +22,7 @@ from clustermim.errors import ClusterMIMError, InputError, nearest
 from clustermim.openmp import WAITING
 
 _VERBS = {
-    "demo": ("verbs.run_demo:demo", "The whole idea on embedded images, in about two minutes."),
+    "demo": ("studies.demo_command:demo", "The whole idea on embedded images, in about two minutes."),
     "study": (
         "studies.command:study",
         "A grid of targets scored, trained, judged: which one, and did a score foretell it?",

@@ -1,20 +1,39 @@
 """The page of a study: whole, self-contained, and usable with mouse and keyboard in a real browser without network."""
 
 import csv
+import html
 import io
 import json
+import re
+import shlex
 from pathlib import Path
 from typing import Any
 
 import pytest
 from browser import CHROMIUM, Browser
+from cyclopts import App
 from study_samples import run_here, small_recipe, write_images
 
-from clustermim.studies.answers import CHOICES, answer, headline, main_setting, scopes
+from clustermim.studies.answers import CHOICES, answer, main_setting, scopes
 from clustermim.studies.collecting import Findings, collect
+from clustermim.studies.steps import command
 from clustermim.studies.tables import findings_tables
+from clustermim.studies.telling import headline
 from clustermim.studies.writing import write_findings
+from clustermim.verbs.pretrain_encoder import pretrain
+from clustermim.verbs.probe_encoders import probe
+from clustermim.verbs.score import tcas
+from clustermim.verbs.tokenizer_fit import fit_tokenizer
+from clustermim.verbs.tokenizer_show import show_tokenizer
 from page_checker import check
+
+VERBS = {
+    "tokenizer fit": fit_tokenizer,
+    "tokenizer show": show_tokenizer,
+    "tcas": tcas,
+    "pretrain": pretrain,
+    "probe": probe,
+}
 
 
 @pytest.fixture(scope="module")
@@ -82,6 +101,30 @@ def test_the_better_rival_is_chosen_on_validation_images(made: tuple[Path, Findi
     assert all(pair.difference.pairs == 2 and pair.difference.low is not None for pair in pairs)
     assert headline(findings, answer(findings))
     assert findings_tables(findings).renderables
+
+
+def test_the_commands_on_the_page_are_commands(made: tuple[Path, Findings]) -> None:
+    """Each is parsed by the verb's own signature, as the command line would."""
+    found = re.findall(r"<pre><code>(.*?)</code></pre>", (made[0] / "report.html").read_text())
+    lines = [line for text in found if "mine/" in (line := html.unescape(re.sub("<[^>]*>", "", text)))]
+    assert len(lines) == 6
+    for line in lines:
+        words = shlex.split(line)[1:]
+        verb = next(verb for verb in VERBS if words[: len(verb.split())] == verb.split())
+        app = App(result_action="return_value")
+        app.default(VERBS[verb])
+        parsed = app.parse_args(words[len(verb.split()) :], exit_on_error=False, print_error=False)
+        assert parsed[0] is VERBS[verb]
+    assert "--k 8" in lines[0] or "--k 4" in lines[0] or "--k 16" in lines[0]
+    assert "--no-flip" in lines[3] and "--crop-scale 0.8 1.0" in lines[3]
+
+
+def test_a_command_is_what_a_shell_reads_back() -> None:
+    options = {"features": "pixel?context=4", "k": 5, "norm_pix": False, "out": None, "tokenizer": ["x", "y"]}
+    assert shlex.split(command("tokenizer fit", data="a b", crop_scale=(0.5, 1.0), **options)) == [
+        *("clustermim", "tokenizer", "fit", "--data", "a b", "--crop-scale", "0.5", "1.0"),
+        *("--features", "pixel?context=4", "--k", "5", "--no-norm-pix", "--tokenizer", "x", "y"),
+    ]
 
 
 @pytest.mark.skipif(CHROMIUM is None, reason="no Chromium here")

@@ -37,6 +37,8 @@ class Column:
     """Key of the upper end."""
     best: Literal["max", "min"] | None = None
     """Which value is set in bold: muted rows do not compete."""
+    optional: bool = False
+    """Leave the column out where no row has a value."""
 
 
 class Section:
@@ -56,18 +58,19 @@ class Section:
         """Paragraphs that must not be overlooked, on a coloured ground."""
         self._parts.append(f'<div class="note">{"".join(f"<p>{_marked(text)}</p>" for text in texts)}</div>')
 
-    def chart(self, figure: Figure, *, description: str, caption: str = "") -> None:
-        """A figure, in the page's colours. The description is for readers who do not see it."""
-        self.charts((figure, description, caption))
+    def chart(self, figure: Figure, *, description: str, caption: str = "", folded: str = "") -> None:
+        """A figure, in the page's colours. `description` is for readers who do not see it; `folded` as for `table`."""
+        self.charts((figure, description, caption), folded=folded)
 
-    def charts(self, *charts: tuple[Figure, str, str]) -> None:
+    def charts(self, *charts: tuple[Figure, str, str], folded: str = "") -> None:
         """Figures with description and caption, side by side where there is room."""
         drawn = []
         for figure, description, caption in charts:
             self._charts += 1
             svg = inline_svg(figure, prefix=f"{self.identity}-{self._charts}", description=description)
             drawn.append(f'<figure class="chart">{svg}{_caption(caption)}</figure>')
-        self._parts.append(drawn[0] if len(drawn) == 1 else f'<div class="pair">{"".join(drawn)}</div>')
+        together = drawn[0] if len(drawn) == 1 else f'<div class="pair">{"".join(drawn)}</div>'
+        self._parts.append(_folded(together, folded))
 
     def gallery(self, tiles: Sequence[Tile], *, side: int, caption: str = "", folded: str = "") -> None:
         """Tiles in a grid that wraps to the width there is; a picture is up to `side` CSS pixels wide.
@@ -76,7 +79,7 @@ class Section:
         """
         items = "".join(_tile(tile, side) for tile in tiles)
         figure = f'<figure><ul class="gallery" style="--side:{side}px">{items}</ul>{_caption(caption)}</figure>'
-        self._parts.append(f"<details><summary>{_marked(folded)}</summary>{figure}</details>" if folded else figure)
+        self._parts.append(_folded(figure, folded))
 
     def table(
         self,
@@ -94,7 +97,9 @@ class Section:
         With `filterable`, a field above it keeps the rows that hold each of the words typed there; with `folded`, all
         of it is behind that heading until the reader opens it.
         """
-        table = _table(columns, rows, caption, frozenset(muted), sortable)
+        held = {key for row in rows for key, value in row.items() if value not in (None, "")}
+        shown = [column for column in columns if not column.optional or column.key in held]
+        table = _table(shown, rows, caption, frozenset(muted), sortable)
         if filterable:
             self._charts += 1
             name = f"{self.identity}-filter-{self._charts}"
@@ -103,7 +108,7 @@ class Section:
                 f'<input type="search" id="{name}" autocomplete="off"></label> '
                 f'<output for="{name}">{len(rows)} rows</output></p>{table}</div>'
             )
-        self._parts.append(f"<details><summary>{_marked(folded)}</summary>{table}</details>" if folded else table)
+        self._parts.append(_folded(table, folded))
 
     def scatter(self, points: Sequence[ScatterPoint], xs: Sequence[Axis], ys: Sequence[Axis], *, caption: str) -> None:
         """A scatter plot whose axes the reader picks; see `render.scatter`."""
@@ -112,9 +117,7 @@ class Section:
 
     def commands(self, commands: Sequence[tuple[str, str]]) -> None:
         """What to type, each with a sentence on what it does."""
-        items = "".join(
-            f"<li>{_marked(says)}<pre><code>{html.escape(line)}</code></pre></li>" for says, line in commands
-        )
+        items = "".join(f"<li>{_marked(says)}<pre><code>{_command(line)}</code></pre></li>" for says, line in commands)
         self._parts.append(f'<ol class="commands">{items}</ol>')
 
     def facts(self, facts: Mapping[str, object]) -> None:
@@ -177,6 +180,16 @@ def _marked(text: str) -> str:
     """Escaped text with `code` and **strong**."""
     safe = re.sub(r"`([^`]+)`", r"<code>\1</code>", html.escape(text, quote=False))
     return re.sub(r"\*\*([^*]+)\*\*", r"<strong>\1</strong>", safe)
+
+
+def _command(line: str) -> str:
+    """A command whose options are not broken at their hyphens, where it takes several lines."""
+    return re.sub(r"(?<=\s)(--?[\w-]+)", r'<span class="whole">\1</span>', html.escape(line))
+
+
+def _folded(part: str, heading: str) -> str:
+    """Behind a heading until the reader opens it; as it is where there is no heading."""
+    return f"<details><summary>{_marked(heading)}</summary>{part}</details>" if heading else part
 
 
 def _caption(text: str) -> str:

@@ -91,7 +91,7 @@ for (const box of document.querySelectorAll("[data-scatter]")) {
   const plot = box.querySelector(".plot"), told = box.querySelector(".told"), hint = told.textContent;
   const series = [...new Set(data.points.map((p) => p.series))];
   const colour = (p) => p.muted ? "var(--muted)" : `var(--series-${series.indexOf(p.series) % 5 + 1})`;
-  const W = 560, H = 380, L = 52, R = 14, T = 12, B = 44 + 18 * Math.ceil(series.length / 3);
+  const W = 560, H = 380, L = 52, R = 14, T = 12, B = 44 + 20 * Math.ceil(series.length / 2);
   const sample = document.createElement("div");
   sample.innerHTML = "<svg></svg>";
   const ns = sample.firstChild.namespaceURI;
@@ -186,7 +186,7 @@ for (const box of document.querySelectorAll("[data-scatter]")) {
       return mark;
     });
     series.forEach((name, n) => {
-      const x = L + (n % 3) * (W - L - R) / 3, y = H - B + 56 + 18 * Math.floor(n / 3);
+      const x = L + (n % 2) * (W - L - R) / 2, y = H - B + 58 + 20 * Math.floor(n / 2);
       const one = data.points.find((p) => p.series === name);
       const fill = one.muted ? "none" : colour(one);
       svg.append(make("path", {d: shape(x + 6, y - 4, n), fill, stroke: colour(one)}));

@@ -52,7 +52,9 @@ summary{cursor:pointer;padding:.4rem 0;color:var(--link)}
 .gallery img.shrunk{image-rendering:auto}
 .bar{display:block;height:3px;max-width:var(--side);background:var(--rule);margin-bottom:.15rem}
 .bar i{display:block;height:100%;background:var(--series-1)}
-.scroll{overflow-x:auto;margin:1.25rem 0;max-width:100%}
+.scroll{overflow-x:auto;margin:1.25rem 0;max-width:100%;
+ background:linear-gradient(to left,var(--paper) 40%,transparent) right/3rem 100% no-repeat local,
+ linear-gradient(to left,var(--rule),transparent) right/.8rem 100% no-repeat scroll}
 table{border-collapse:collapse;font-size:.86rem;line-height:1.35;font-variant-numeric:tabular-nums}
 caption{text-align:left;padding:0 0 .5rem;caption-side:top}
 caption span{display:block;position:sticky;left:0;width:min(42rem,100vw - 3rem)}
@@ -60,7 +62,7 @@ th,td{padding:.34rem .7rem;text-align:right;border-bottom:1px solid var(--rule);
  white-space:nowrap}
 th.text,td.text{text-align:left}
 tbody th{font-weight:500;text-align:left;position:sticky;left:0;background:var(--paper)}
-thead th{border-bottom:2px solid var(--rule);vertical-align:bottom;font-weight:600}
+thead th{border-bottom:2px solid var(--rule);vertical-align:bottom;font-weight:600;white-space:normal;line-height:1.2}
 thead th:first-child{text-align:left;position:sticky;left:0;background:var(--paper)}
 th button{font:inherit;font-weight:600;color:inherit;background:none;border:0;padding:.2rem 0;cursor:pointer;
  text-align:inherit}
@@ -74,7 +76,7 @@ td small{color:var(--soft)}
 .commands li{margin:.9rem 0}
 .commands pre{margin:.25rem 0 0;padding:.7rem .9rem;background:var(--panel);border-radius:6px;white-space:pre-wrap;
  overflow-wrap:anywhere}
-.commands code{background:none;padding:0}
+.commands code{background:none;padding:0}.whole{white-space:nowrap}
 .facts{display:grid;grid-template-columns:max-content 1fr;gap:.2rem 1.2rem;font-size:.88rem;max-width:46rem}
 .facts dt{color:var(--soft)}.facts dd{margin:0;overflow-wrap:anywhere}
 @media (max-width:40rem){html{font-size:16px}.page{padding:1.5rem 1rem 3rem}h1{font-size:1.65rem}
@@ -82,8 +84,8 @@ td small{color:var(--soft)}
  .gallery img,.bar{max-width:none}.gallery img.framed{max-width:calc(100% - 6px)}
  tbody th:first-child{white-space:normal;min-width:7rem;max-width:9rem}}
 @media print{html{font-size:10.5pt}.page{max-width:none;padding:0}nav,.skip{display:none}
- h2{break-after:avoid}figure,table,.note,tr{break-inside:avoid}.scroll{overflow:visible}th button::after{content:none}
- *{print-color-adjust:exact;-webkit-print-color-adjust:exact}}
+ h2{break-after:avoid}figure,table,.note,tr{break-inside:avoid}.scroll{overflow:visible;background:none}
+ th button::after{content:none} *{print-color-adjust:exact;-webkit-print-color-adjust:exact}}
 """
 
 SCRIPT = """

@@ -8,10 +8,7 @@ import numpy as np
 
 from clustermim.studies.collecting import Findings, RunRow
 from clustermim.studies.correlating import Correlation, Difference, Regret, correlate, paired_difference, regret
-from clustermim.studies.scores import SCORES, Score, leading
-
-WAYS = {"knn": "k-NN", "linear": "linear probe", "finetune": "fine-tuning", "fewshot": "few-shot"}
-"""How a sentence names a protocol."""
+from clustermim.studies.scores import SCORES, Score
 
 EVERYTHING = "all targets"
 CHOICES = "without controls"
@@ -51,6 +48,7 @@ class Pair:
     our_accuracy: float
     their_accuracy: float
     difference: Difference
+    test_images: int | None = None
 
     def row(self) -> dict[str, Any]:
         """A flat record."""
@@ -222,6 +220,7 @@ def _pairs(findings: Findings, judged: Sequence[RunRow], data: str, judged_on: s
                         difference=gap,
                         our_accuracy=float(np.mean([mine[seed] for seed in both])),
                         their_accuracy=float(np.mean([their[seed] for seed in both])),
+                        test_images=next(iter(ours.values())).test_images,
                     )
                 )
     return found
@@ -273,102 +272,3 @@ def _point(findings: Findings, rows: Sequence[RunRow], protocol: str, axis: str)
         (min(values), max(values)) if len(values) > 1 else rows[0].intervals.get(protocol, (values[0], values[0]))
     )
     return SweepPoint(x=float(x), y=float(np.mean(values)), low=low, high=high, seeds=len(values), name=rows[0].name)
-
-
-def headline(findings: Findings, answers: Answers) -> list[str]:
-    """The answer in a sentence or two, for the top of the page; computed, whichever way it comes out."""
-    told = []
-    score = leading([t.scores for t in findings.tokens])
-    for one in answers.ranked:
-        if one.scope == CHOICES and one.protocol == "linear" and one.score == score:
-            c, r = one.correlation, one.regret
-            ends = (
-                ""
-                if c.spearman_low is None
-                else f", 95 % interval {_signed(c.spearman_low)} to {_signed(c.spearman_high)}"
-            )
-            verdict = _verdict(c)
-            told.append(
-                f"On {_place(one.data, one.judged_on)}, {score.title} **{verdict}** the {c.cells} token targets by "
-                f"linear probe (Spearman {_signed(c.spearman)}{ends})"
-                + (f"; picking by it alone, without training, costs **{r.points:.1f} points**." if r else ".")
-            )
-    told += [pair_sentence(pair) for pair in answers.pairs if pair.protocol == "linear"]
-    if not told and not any(row.accuracy for row in findings.runs):
-        why = findings.failures[0]["reason"] if findings.failures else "the images have no labels."
-        told.append(f"Nothing could be judged: {why}")
-    if not told:
-        told.append("Too few targets came to an end to say whether a score ranks them.")
-    return told
-
-
-def _verdict(c: Correlation) -> str:
-    if c.spearman_low is not None and c.spearman_low > 0:
-        return "ranks"
-    if c.spearman_high is not None and c.spearman_high < 0:
-        return "ranks in the wrong order"
-    return "does not clearly rank"
-
-
-def pair_sentence(pair: Pair) -> str:
-    """One comparison in words."""
-    gap = pair.difference
-    points = f"{abs(gap.points):.1f} points {'above' if gap.points > 0 else 'below'}"
-    among = (
-        f" (the better of {' and '.join(pair.chosen_among)} on validation images)" if len(pair.chosen_among) > 1 else ""
-    )
-    if gap.low is None:
-        doubt = "; one seed, so nobody knows how sure that is"
-    else:
-        clear = "clear of chance" if gap.low > 0 or (gap.high or 0) < 0 else "within chance"
-        doubt = f" ({gap.pairs} paired seeds, 95 % interval {_signed(gap.low, 1)} to {_signed(gap.high, 1)}: {clear})"
-    where = _place(pair.data, pair.judged_on)
-    way = WAYS.get(pair.protocol, pair.protocol)
-    return f"On {where}, {pair.ours} is **{points}** {pair.theirs}{among} by {way}{doubt}."
-
-
-def floor_sentences(findings: Findings) -> list[str]:
-    """For each way to judge frozen features: a floor that no pretrained encoder is above."""
-    told = []
-    for data, judged_on in dict.fromkeys((row.data, row.judged_on) for row in findings.runs):
-        here = [row for row in findings.runs if (row.data, row.judged_on) == (data, judged_on)]
-        for protocol in findings.protocols:
-            means = {name: float(np.mean(values)) for name, values in by_cell(here, protocol).items()}
-            floors = {
-                floor.name: floor.accuracy[protocol]
-                for floor in findings.floors
-                if (floor.data, floor.judged_on) == (data, judged_on) and protocol in floor.accuracy
-            }
-            if not means or not floors or max(means.values()) > max(floors.values()):
-                continue
-            best, floor = max(means, key=lambda n: means[n]), max(floors, key=lambda n: floors[n])
-            told.append(
-                f"**No encoder beats the floors** by {WAYS.get(protocol, protocol)} on {_place(data, judged_on)}: "
-                f"`{floor}`, which no pretraining has touched, reaches {100 * floors[floor]:.1f} %, "
-                f"{best} {100 * means[best]:.1f} %."
-            )
-    return told
-
-
-def prediction_sentences(findings: Findings, answers: Answers) -> list[str]:
-    """What the leading score foretold to be best, and what was."""
-    score = leading([t.scores for t in findings.tokens])
-    told = []
-    for one in answers.ranked:
-        if (one.score, one.protocol, one.scope) != (score, "linear", CHOICES) or one.regret is None:
-            continue
-        r = one.regret
-        right = (
-            "which it is" if r.points == 0 else f"but {r.best} is, by {r.points:.1f} points: the prediction **failed**"
-        )
-        title, where = score.title[0].upper() + score.title[1:], _place(one.data, one.judged_on)
-        told.append(f"{title} foretold that {r.picked} would be best on {where}, {right}.")
-    return told
-
-
-def _signed(value: float | None, digits: int = 2) -> str:
-    return "?" if value is None else f"{value:z.{digits}f}".replace("-", "−")
-
-
-def _place(data: str, judged_on: str) -> str:
-    return data if data == judged_on else f"{judged_on} after pretraining on {data}"

@@ -10,6 +10,7 @@ from matplotlib.figure import Figure
 from clustermim.render.figures import Band, Point, band_chart, dot_chart, interval_chart
 from clustermim.studies.answers import CHOICES, EVERYTHING, Answers, Ranked, Sweep
 from clustermim.studies.collecting import Findings, RunRow
+from clustermim.studies.scores import Score
 from clustermim.studies.tables import protocol_title
 
 
@@ -65,6 +66,22 @@ def accuracy_chart(findings: Findings, data: str, judged_on: str) -> Figure | No
         return None
     ordered = dict(sorted(rows.items(), key=lambda item: -max(item[1].values())))
     return dot_chart(ordered, x_label="test accuracy, %", muted=muted)
+
+
+def score_chart(findings: Findings, data: str, score: Score) -> Figure | None:
+    """One score of every tokenizer of a data set, with its interval where it has one; the best at the top."""
+    rows = [t for t in findings.tokens if t.data == data and score.key in t.scores]
+    points = [
+        Point(
+            name=t.name,
+            value=t.scores[score.key],
+            low=t.scores.get(f"{score.key}_low"),
+            high=t.scores.get(f"{score.key}_high"),
+            muted=t.control,
+        )
+        for t in sorted(rows, key=lambda t: t.scores[score.key], reverse=score.higher)
+    ]
+    return interval_chart(points, x_label=score.title) if len(points) > 1 else None
 
 
 def correlation_chart(ranked: Sequence[Ranked]) -> Figure:

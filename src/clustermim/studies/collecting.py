@@ -67,6 +67,7 @@ class RunRow:
     cell_seconds: float | None = None
     """Of all pretrainings of its cell: every learning rate and seed."""
     run: str | None = None
+    test_images: int | None = None
     reason: str = ""
 
 
@@ -238,6 +239,7 @@ class _Gatherer:
             validation=self._validation(cell, run, judge, found["run"]),
             seconds=self.seconds(found["run"]),
             run=found["run"],
+            test_images=max(row["n_test"] for row in found["rows"]),
             reason="" if run.finetune is None or self.states[run.finetune] == "done" else self.why(run.finetune),
         )
 

@@ -76,8 +76,8 @@ class StudyResult:
         """The table and where the page is; of a dry run the plan."""
         if self.findings is None or self.out is None:
             return self._plan_table()
-        told = [Text(f"\nEverything is told, with pictures, in\n{self.out / 'report.html'}", overflow="ignore")]
-        return Group(findings_tables(self.findings), *told)
+        page = Text(str(self.out / "report.html"), no_wrap=True, overflow="ignore")
+        return Group(findings_tables(self.findings), Text("\nEverything is told, with pictures, in"), page)
 
     def _plan_table(self) -> Group:
         assert self.cost is not None

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import combinations
 
 import numpy as np
 from jaxtyping import Float64
@@ -179,6 +180,57 @@ def paired_difference(ours: Mapping[int, float], theirs: Mapping[int, float]) ->
     half = float(stats.t.ppf((1 + LEVEL) / 2, len(gaps) - 1) * gaps.std(ddof=1) / np.sqrt(len(gaps)))
     mean = float(gaps.mean())
     return Difference(points=mean, low=mean - half, high=mean + half, pairs=len(gaps))
+
+
+def noise(accuracy: float, images: int) -> float:
+    """Half width of the 95 % interval of a difference between two such accuracies on `images` test images.
+
+    Normal approximation for two independent proportions. Both encoders see the same images, so the true width is
+    mostly smaller: a difference within it should not be believed.
+
+    Parameters
+    ----------
+    accuracy
+        In [0, 1], about that of both.
+    images
+        Test images.
+    """
+    return float(stats.norm.ppf((1 + LEVEL) / 2) * np.sqrt(2 * accuracy * (1 - accuracy) / images))
+
+
+def foreseen_pairs(
+    scores: Mapping[str, float], accuracies: Mapping[str, float], images: int | None, *, higher: bool
+) -> tuple[int, int, int]:
+    """How many pairs of cells that differ in their score came out in the order of the scores.
+
+    Parameters
+    ----------
+    scores, higher
+        As for `correlate`.
+    accuracies
+        Cell -> accuracy in [0, 1].
+    images
+        Test images: pairs within their noise are not counted either way; None counts all.
+
+    Returns
+    -------
+    tuple[int, int, int]
+        In the foreseen order, in the opposite one, too close to call.
+    """
+    right = wrong = close = 0
+    for one, other in combinations([name for name in scores if name in accuracies], 2):
+        if scores[one] == scores[other]:
+            continue
+        first, second = (one, other) if (scores[one] > scores[other]) == higher else (other, one)
+        gap = accuracies[first] - accuracies[second]
+        believed = 0.0 if images is None else noise((accuracies[first] + accuracies[second]) / 2, images)
+        if abs(gap) <= believed:
+            close += 1
+        elif gap > 0:
+            right += 1
+        else:
+            wrong += 1
+    return right, wrong, close
 
 
 def _interval(values: Float64[np.ndarray, " b"]) -> tuple[float | None, float | None]:

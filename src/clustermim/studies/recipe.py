@@ -26,6 +26,7 @@ _NOT_IN_RECIPES = frozenset(
 )
 _TOP = (
     "title",
+    "note",
     "data",
     "patch_size",
     "tokenizers",
@@ -94,6 +95,8 @@ class Recipe:
     """A recipe whose keys are known; what they hold together is for the plan to check."""
 
     title: str
+    note: str
+    """What the author wants every reader of the page to know."""
     data: Mapping[str, DataEntry]
     patch_size: int | None
     tokenizers: Sequence[Member]
@@ -139,6 +142,7 @@ def parse_recipe(values: Mapping[str, Any]) -> Recipe:
     chosen = _strings(values.get("shown"), "shown")
     return Recipe(
         title=str(values.get("title", "study")),
+        note=" ".join(str(values.get("note") or "").split()),
         data=_data(values["data"]),
         patch_size=_integer(values.get("patch_size"), "patch_size"),
         tokenizers=tokenizers,
@@ -216,7 +220,7 @@ def _data(given: Any) -> dict[str, DataEntry]:
 
 
 def _tokenizers(values: Mapping[str, Any]) -> list[Member]:
-    known = option_names(fit_tokenizer) | {one.name for one in fields(VQVAEConfig)}
+    known = option_names(fit_tokenizer) | {one.name for one in fields(VQVAEConfig)} | {"seed"}
     found: list[Member] = []
     for family, given in _mapping(values.get("tokenizers"), "tokenizers").items():
         where = f"tokenizers: {family}"

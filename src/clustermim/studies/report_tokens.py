@@ -3,11 +3,13 @@
 from clustermim.data.sources import ImageSource
 from clustermim.errors import ClusterMIMError
 from clustermim.render.page import Column, Section
+from clustermim.studies.charts import score_chart
 from clustermim.studies.collecting import Findings
 from clustermim.studies.folder import StudyFolder
 from clustermim.studies.opening import Sources
 from clustermim.studies.recipe import Recipe
-from clustermim.studies.scores import SCORES
+from clustermim.studies.scores import SCORES, leading
+from clustermim.studies.telling import opening
 from clustermim.tokenizers.tokenizer import load_tokenizer
 from clustermim.verbs.token_views import look_at_tokens
 from clustermim.verbs.tokenizer_show import add_maps, add_vocabulary
@@ -18,6 +20,22 @@ _MOST_TOKENS = 200  # pictures of a vocabulary
 
 def add_tokens(section: Section, findings: Findings, folder: StudyFolder, sources: Sources, recipe: Recipe) -> None:
     """A table of every tokenizer and its scores, and pictures of those that the recipe wants shown."""
+    section.paragraph(
+        "Images are cut into patches. A tokenizer groups the patches of the training images, and a patch's group is "
+        "its **token**: what a model learns to predict where the patch is hidden. **Alignment** is 0 if tokens say "
+        "nothing about the class and 1 if every token belongs to one class. Cross-fitted figures are counted on some "
+        "images and checked on others, so that a large vocabulary is not flattered. No score needs any training."
+    )
+    score = leading([t.scores for t in findings.tokens])
+    for data in dict.fromkeys(t.data for t in findings.tokens):
+        chart = score_chart(findings, data, score)
+        if chart is not None:
+            section.chart(
+                chart,
+                description=f"{score.title} of each tokenizer on {data}; the numbers are in the table.",
+                caption=f"{opening(score.title)} on {data}, with 95 % intervals where there are any. Grey: "
+                "controls, which bracket every result.",
+            )
     rows = [{**vars(t), **t.scores, "reason": t.reason or None} for t in findings.tokens]
     several = len({t.data for t in findings.tokens}) > 1
     present = [s for s in SCORES if any(s.key in row for row in rows)]
@@ -38,7 +56,7 @@ def add_tokens(section: Section, findings: Findings, folder: StudyFolder, source
                 for s in present
             ),
             Column(key="seconds", title="seconds", digits=1),
-            Column(key="reason", title="missing because", kind="text"),
+            Column(key="reason", title="missing because", kind="text", optional=True),
         ],
         rows,
         caption="Scores of every tokenizer, known before training. Best in bold; controls, in grey, do not compete.",

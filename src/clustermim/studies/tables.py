@@ -7,9 +7,10 @@ from rich.table import Table
 from rich.text import Text
 
 from clustermim.evaluation.protocols import PROTOCOLS
-from clustermim.studies.answers import CHOICES, EVERYTHING, Answers, answer, headline
+from clustermim.studies.answers import CHOICES, EVERYTHING, Answers, answer
 from clustermim.studies.collecting import FINETUNED, Findings
 from clustermim.studies.scores import SCORES, leading
+from clustermim.studies.telling import headline
 
 
 def protocol_title(protocol: str) -> str:

@@ -8,7 +8,7 @@ from typing import Any
 
 from clustermim.render.figures import figure_png, figure_svg
 from clustermim.runs import atomic_write, environment_facts
-from clustermim.studies.answers import Answers, answer, headline
+from clustermim.studies.answers import Answers, answer
 from clustermim.studies.charts import paper_figures
 from clustermim.studies.collecting import Findings
 from clustermim.studies.folder import StudyFolder
@@ -16,6 +16,7 @@ from clustermim.studies.opening import Sources
 from clustermim.studies.pieces import Plan
 from clustermim.studies.recipe import Recipe
 from clustermim.studies.report import build_report
+from clustermim.studies.telling import headline
 
 
 def write_findings(
@@ -37,6 +38,7 @@ def write_findings(
         "command": command,
         "answer": [line.replace("**", "") for line in headline(findings, answers)],
         "made_by": facts,
+        "note": recipe.note,
         "seconds_of_all_pieces": round(findings.seconds, 1),
         "notes": list(findings.notes),
         "failures": list(findings.failures),
@@ -50,7 +52,7 @@ def write_findings(
     for name, figure in paper_figures(findings, answers).items():
         atomic_write(folder.path / "figures" / f"{name}.png", figure_png(figure))
         atomic_write(folder.path / "figures" / f"{name}.svg", figure_svg(figure))
-    page = build_report(findings, answers, folder, sources, recipe, command=command, facts=facts)
+    page = build_report(findings, answers, plan, folder, sources, recipe, command=command, facts=facts)
     atomic_write(folder.path / "report.html", page.html())
     return answers
 

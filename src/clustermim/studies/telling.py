@@ -1,0 +1,176 @@
+"""The answers of a study in words, computed from its figures: nothing here knows how they come out."""
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+
+from clustermim.studies.answers import CHOICES, Answers, Pair, by_cell, main_setting
+from clustermim.studies.collecting import Findings, RunRow
+from clustermim.studies.correlating import Correlation, foreseen_pairs, noise
+from clustermim.studies.scores import leading
+
+WAYS = {"knn": "k-NN", "linear": "linear probe", "finetune": "fine-tuning", "fewshot": "few-shot"}
+"""How a sentence names a protocol."""
+
+
+def where(data: str, judged_on: str) -> str:
+    """How a sentence names a data set and, if it is another, the one that was pretrained on."""
+    return data if data == judged_on else f"{judged_on} after pretraining on {data}"
+
+
+def headline(findings: Findings, answers: Answers) -> list[str]:
+    """The answer in a sentence or two, for the top of the page; computed, whichever way it comes out."""
+    told = []
+    score = leading([t.scores for t in findings.tokens])
+    for one in answers.ranked:
+        if one.scope == CHOICES and one.protocol == "linear" and one.score == score:
+            c, r = one.correlation, one.regret
+            ends = (
+                ""
+                if c.spearman_low is None
+                else f", 95 % interval {_signed(c.spearman_low)} to {_signed(c.spearman_high)}"
+            )
+            verdict = _verdict(c)
+            told.append(
+                f"On {where(one.data, one.judged_on)}, {score.title} **{verdict}** the {c.cells} token targets by "
+                f"linear probe (Spearman {_signed(c.spearman)}{ends})"
+                + (f"; picking by it alone, without training, costs **{r.points:.1f} points**." if r else ".")
+            )
+    told += [pair_sentence(pair) for pair in answers.pairs if pair.protocol == "linear"]
+    if not told and not any(row.accuracy for row in findings.runs):
+        why = findings.failures[0]["reason"] if findings.failures else "the images have no labels."
+        told.append(f"Nothing could be judged: {why}")
+    if not told:
+        told.append("Too few targets came to an end to say whether a score ranks them.")
+    return told
+
+
+def _verdict(c: Correlation) -> str:
+    if c.spearman_low is not None and c.spearman_low > 0:
+        return "ranks"
+    if c.spearman_high is not None and c.spearman_high < 0:
+        return "ranks in the wrong order"
+    return "does not clearly rank"
+
+
+def pair_sentence(pair: Pair) -> str:
+    """One comparison in words."""
+    gap = pair.difference
+    points = f"{abs(gap.points):.1f} points {'above' if gap.points > 0 else 'below'}"
+    among = (
+        f" (the better of {' and '.join(pair.chosen_among)} on validation images)" if len(pair.chosen_among) > 1 else ""
+    )
+    if gap.low is not None:
+        clear = "clear of chance" if gap.low > 0 or (gap.high or 0) < 0 else "within chance"
+        doubt = f" ({gap.pairs} paired seeds, 95 % interval {_signed(gap.low, 1)} to {_signed(gap.high, 1)}: {clear})"
+    else:
+        doubt = "; one seed, so nobody knows how sure that is"
+        if pair.test_images:
+            chance = 100 * noise((pair.our_accuracy + pair.their_accuracy) / 2, pair.test_images)
+            doubt += f": {pair.test_images:,} test images alone leave ±{chance:.1f} points"
+    way = WAYS.get(pair.protocol, pair.protocol)
+    return f"On {where(pair.data, pair.judged_on)}, {pair.ours} is **{points}** {pair.theirs}{among} by {way}{doubt}."
+
+
+def floor_sentences(findings: Findings) -> tuple[list[str], list[str]]:
+    """How the best encoder stands to the best floor, for each way to judge frozen features.
+
+    Returns
+    -------
+    list[str]
+        Where a floor keeps up, and what that means: what no reader may overlook.
+    list[str]
+        Where encoders are clearly above every floor.
+    """
+    warned, fine = [], []
+    for data, judged_on in dict.fromkeys((row.data, row.judged_on) for row in findings.runs):
+        here = [row for row in findings.runs if (row.data, row.judged_on) == (data, judged_on)]
+        images = next((row.test_images for row in here if row.test_images), None)
+        for protocol in findings.protocols:
+            means = {name: float(np.mean(values)) for name, values in by_cell(here, protocol).items()}
+            floors = {
+                floor.name: floor.accuracy[protocol]
+                for floor in findings.floors
+                if (floor.data, floor.judged_on) == (data, judged_on) and protocol in floor.accuracy
+            }
+            if not means or not floors:
+                continue
+            best, floor = max(means, key=lambda n: means[n]), max(floors, key=lambda n: floors[n])
+            gap = means[best] - floors[floor]
+            clear = images is None or abs(gap) > noise((means[best] + floors[floor]) / 2, images)
+            by = f"by {WAYS.get(protocol, protocol)} on {where(data, judged_on)}"
+            ours, theirs = f"{best} reaches {_percent(means[best])}", f"the floor `{floor}` {_percent(floors[floor])}"
+            apart = "" if clear else f" {images:,} test images cannot tell the two apart."
+            if clear and gap > 0:
+                fine.append(f"{opening(by)} the best encoder is above every floor: {ours}, {theirs}.")
+            elif gap > 0:
+                warned.append(f"**No encoder clearly beats the floors** {by}: {ours}, {theirs}.{apart}")
+            else:
+                warned.append(
+                    f"**No encoder beats the floors** {by}: `{floor}`, which no pretraining has touched, reaches "
+                    f"{_percent(floors[floor])}, {best} {_percent(means[best])}.{apart}"
+                )
+    if warned:
+        warned.append(
+            "Where a floor keeps up, the images are easy or the trainings too short, and accuracies say little about "
+            "the targets. Judge them on your own images before you conclude anything from these."
+        )
+    return warned, fine
+
+
+def prediction_sentences(findings: Findings, answers: Answers) -> list[str]:
+    """What the leading score foretold to be best, and what was; and pair by pair, which order it foretold."""
+    score = leading([t.scores for t in findings.tokens])
+    told = []
+    for one in answers.ranked:
+        if (one.score, one.protocol, one.scope) != (score, "linear", CHOICES) or one.regret is None:
+            continue
+        r = one.regret
+        here = [row for row in findings.runs if (row.data, row.judged_on) == (one.data, one.judged_on)]
+        best = float(np.mean(by_cell(here, "linear")[r.best]))
+        images = next((row.test_images for row in here if row.test_images), None)
+        if r.points == 0:
+            right = "which it is"
+        elif images is not None and r.points <= 100 * noise(best, images):
+            right = f"but {r.best} is, by {r.points:.1f} points, too little to be sure of on {images:,} test images"
+        else:
+            right = f"but {r.best} is, by {r.points:.1f} points: the prediction **failed**"
+        place = where(one.data, one.judged_on)
+        told.append(f"{opening(score.title)} foretold that {r.picked} would be best on {place}, {right}.")
+    for data, judged_on in dict.fromkeys((row.data, row.judged_on) for row in findings.runs):
+        runs = [row for row in findings.runs if (row.data, row.judged_on) == (data, judged_on) and row.accuracy]
+        told += [s for protocol in findings.protocols if (s := _pairs_sentence(findings, runs, protocol))]
+    return told
+
+
+def _pairs_sentence(findings: Findings, judged: Sequence[RunRow], protocol: str) -> str:
+    """How many pairs of targets came out in the foreseen order, and how many are too close to call."""
+    score = leading([t.scores for t in findings.tokens])
+    runs = [row for row in main_setting(judged) if protocol in row.accuracy]
+    values = {row.name: found for row in runs if (found := findings.scores_of(row).get(score.key)) is not None}
+    images = next((row.test_images for row in runs if row.test_images), None)
+    means: Mapping[str, float] = {name: float(np.mean(found)) for name, found in by_cell(runs, protocol).items()}
+    right, wrong, close = foreseen_pairs(values, means, images, higher=score.higher)
+    total = right + wrong + close
+    if not total:
+        return ""
+    by = f"By {WAYS.get(protocol, protocol)} on {where(runs[0].data, runs[0].judged_on)}"
+    uncalled = "" if images is None else f", and {close} too close to call on {images:,} test images"
+    return (
+        f"{by}, of {total} pairs of targets that differ in {score.title}, {right} came out in the foreseen order, "
+        f"{wrong} in the opposite one{uncalled}."
+    )
+
+
+def _signed(value: float | None, digits: int = 2) -> str:
+    return "?" if value is None else f"{value:z.{digits}f}".replace("-", "−")
+
+
+def opening(text: str) -> str:
+    """As a sentence begins: a name of data, target or score begins small."""
+    return text[:1].upper() + text[1:]
+
+
+def _percent(share: float) -> str:
+    """With one decimal and a space that does not break."""
+    return f"{100 * share:.1f}\N{NO-BREAK SPACE}%"

@@ -1,0 +1,91 @@
+"""The sentences of a page say what the figures say, whichever way these come out."""
+
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from clustermim.studies.answers import Pair, answer
+from clustermim.studies.collecting import Findings, FloorRow, RunRow, TokenRow
+from clustermim.studies.correlating import foreseen_pairs, noise, paired_difference
+from clustermim.studies.telling import floor_sentences, pair_sentence, prediction_sentences
+
+SETTING = ("vit_micro", 1, "visible", 0.75, "random", 2)
+
+
+def run(name: str, linear: float, tokens: str | None = None) -> RunRow:
+    facts: dict[str, Any] = {"data": "d", "judged_on": "d", "family": name, "setting": SETTING, "mask_ratio": 0.75}
+    facts |= {"model": "vit_micro", "epochs": 1, "encoder": "visible", "test_images": 360, "seed": 0}
+    return RunRow(name=name, tokens=tokens, scored_as=tokens, accuracy={"linear": linear}, **facts)
+
+
+def findings(runs: list[RunRow], floors: dict[str, float], alignment: dict[str, float] | None = None) -> Findings:
+    facts: dict[str, Any] = {"data": "d", "family": "t", "kind": "kmeans", "control": False, "k": 5, "patch_size": 2}
+    tokens = [
+        TokenRow(name=name, round=1, scores={"alignment_crossfit": value}, **facts)
+        for name, value in (alignment or {}).items()
+    ]
+    return Findings(
+        title="t",
+        tokens=tokens,
+        runs=runs,
+        floors=[FloorRow(data="d", judged_on="d", name=n, accuracy={"linear": v}) for n, v in floors.items()],
+        failures=[],
+        protocols=["linear"],
+        compare=None,
+        notes=[],
+        predictions=[],
+        seconds=1.0,
+    )
+
+
+def test_a_winning_floor_is_told_in_plain_words() -> None:
+    warned, fine = floor_sentences(findings([run("ours", 0.9)], {"raw-pixels": 0.98, "random": 0.5}))
+    assert not fine
+    assert "No encoder beats the floors" in warned[0] and "reaches 98.0\N{NO-BREAK SPACE}%" in warned[0]
+    assert "cannot tell" not in warned[0]
+    assert "images are easy" in warned[-1]
+
+
+@pytest.mark.parametrize("floor", [0.955, 0.945])
+def test_what_test_images_cannot_tell_apart_is_no_lead(floor: float) -> None:
+    warned, fine = floor_sentences(findings([run("ours", 0.95)], {"raw-pixels": floor}))
+    assert not fine and "360 test images cannot tell the two apart" in warned[0]
+
+
+def test_where_no_floor_keeps_up_nothing_is_warned_of() -> None:
+    warned, fine = floor_sentences(findings([run("ours", 0.95)], {"raw-pixels": 0.5}))
+    assert warned == [] and "above every floor" in fine[0]
+
+
+def test_one_seed_is_told_with_the_noise_of_the_test_images() -> None:
+    gap = paired_difference({0: 0.95}, {0: 0.94})
+    assert gap is not None
+    facts: dict[str, Any] = {"data": "d", "judged_on": "d", "protocol": "linear", "chosen_among": ["b"]}
+    pair = Pair(ours="a", theirs="b", our_accuracy=0.95, their_accuracy=0.94, difference=gap, test_images=360, **facts)
+    assert "**1.0 points above** b" in pair_sentence(pair)
+    assert f"±{100 * noise(0.945, 360):.1f} points" in pair_sentence(pair)
+
+
+def test_equal_scores_foretell_no_order() -> None:
+    found = findings([run("a", 0.1, "s"), run("b", 0.9, "t")], {}, {"s": 0.3, "t": 0.3})
+    assert prediction_sentences(found, answer(found)) == []
+
+
+def test_pairs_are_told_in_the_order_of_the_score() -> None:
+    found = findings([run(n, v, n) for n, v in (("a", 0.9), ("b", 0.5), ("c", 0.49))], {}, {"a": 3, "b": 2, "c": 1})
+    assert "of 3 pairs" in (told := prediction_sentences(found, answer(found))[-1])
+    assert "2 came out in the foreseen order, 0 in the opposite one, and 1 too close to call" in told
+
+
+@given(st.lists(st.tuples(st.sampled_from([0.0, 0.1, 0.2]), st.floats(0, 1)), min_size=1, max_size=6), st.booleans())
+@settings(deadline=None, max_examples=40)
+def test_every_pair_is_counted_once_and_turns_round_with_the_score(
+    cells: list[tuple[float, float]], higher: bool
+) -> None:
+    scores = {str(i): score for i, (score, _) in enumerate(cells)}
+    accuracies = {str(i): accuracy for i, (_, accuracy) in enumerate(cells)}
+    right, wrong, close = foreseen_pairs(scores, accuracies, 360, higher=higher)
+    assert right + wrong + close == sum(scores[a] != scores[b] for a in scores for b in scores if a < b)
+    assert foreseen_pairs(scores, accuracies, 360, higher=not higher) == (wrong, right, close)
