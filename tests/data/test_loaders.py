@@ -210,3 +210,25 @@ def test_readers_leave_a_signal_to_the_whole_group_to_the_main_process(source):
             os.kill(reader.pid, signal.SIGTERM)
             time.sleep(0.1)
         list(batches)
+
+
+@pytest.mark.parametrize("workers", [None, 0])
+@pytest.mark.parametrize(
+    ("train", "changes", "kept"),
+    [
+        (False, {}, True),
+        (True, {}, False),
+        (True, {"flip": False, "crop_scale": (1.0, 1.0)}, False),  # of 12 × 17 pixels crops may differ
+        (True, {"flip": False, "crop_scale": (1.0, 1.0), "crop_ratio": (17 / 12, 17 / 12)}, True),
+    ],
+)
+def test_keys_are_those_of_views_that_never_change(source, workers, train, changes, kept):
+    view = replace(source.view, **changes)
+    loader = make_loader(source, view, batch_size=8, train=train, workers=workers)
+    assert loader.repeats(12, 17) is kept
+    seen = {}
+    for epoch in range(3):
+        for batch in loader.epoch(epoch):
+            assert torch.equal(batch.keys, batch.index if kept else torch.full_like(batch.index, -1))
+            for key, image in zip(batch.keys.tolist(), batch.images, strict=True):
+                assert key < 0 or torch.equal(seen.setdefault(key, image), image)

@@ -10,7 +10,7 @@ from scipy import stats
 from torchvision.transforms import InterpolationMode, RandomResizedCrop
 from torchvision.transforms.v2 import functional as reference
 
-from clustermim.data.views import Draw, ViewConfig, draw, eval_view, eval_views, train_view, train_views
+from clustermim.data.views import Draw, ViewConfig, draw, eval_view, eval_views, repeats, train_view, train_views
 from clustermim.errors import InputError
 
 
@@ -138,3 +138,35 @@ def test_patch_size_must_divide():
 def test_statistics_must_match_the_channels():
     with pytest.raises(InputError, match=r"--mean has 1 value"):
         ViewConfig(image_size=(8, 8), channels=3, mean=(0.5,), std=(1.0,) * 3)
+
+
+WHOLE = {"flip": False, "crop_scale": (1.0, 1.0)}
+
+
+@settings(deadline=None, max_examples=60)
+@given(
+    st.tuples(st.integers(1, 40), st.integers(1, 40)),
+    st.tuples(st.floats(0.5, 1.0), st.floats(1.0, 2.0)) | st.just((3 / 4, 4 / 3)),
+)
+def test_views_that_are_said_to_repeat_do(size, ratio):
+    view = config((8, 8), crop_ratio=ratio, **WHOLE)
+    if not repeats(*size, view):
+        return
+    boxes = [draw(0, epoch, torch.arange(64), torch.tensor([size] * 64), view) for epoch in range(8)]
+    for name in ("top", "left", "height", "width", "flip"):
+        assert torch.stack([getattr(found, name) for found in boxes]).unique().numel() == 1
+
+
+@given(st.integers(1, 5000))
+def test_square_images_repeat_where_nothing_is_random(side):
+    assert repeats(side, side, config((8, 8), **WHOLE))
+    assert not repeats(side, side, config((8, 8), flip=True, crop_scale=(1.0, 1.0)))
+    assert not repeats(side, side, config((8, 8), flip=False, crop_scale=(0.9, 1.0)))
+
+
+def test_a_crop_of_the_whole_area_may_still_be_another_part():
+    view = config((8, 8), **WHOLE)
+    boxes = draw(0, 0, torch.arange(500), torch.tensor([(6, 8)] * 500), view)
+    assert len(set(zip(boxes.height.tolist(), boxes.width.tolist(), strict=True))) > 1
+    assert not repeats(6, 8, view)
+    assert repeats(10, 40, view)  # no box of such an aspect fits, so the centred one is always taken

@@ -75,6 +75,7 @@ def test_a_patch_s_description_does_not_depend_on_the_batch(case: tuple[str, Pat
     tolerance = {"atol": 0.05, "rtol": 0.05} if "bf16" in case[0] else {"atol": 2e-5, "rtol": 1e-4}
     torch.testing.assert_close(whole, alone, **tolerance)
     assert none.shape == (0, *whole.shape[1:])
+    assert not case[1].batch_invariant or torch.equal(whole, alone)
 
 
 @pytest.mark.parametrize("spec", [spec for spec in CASES if "whiten" in spec or "|" in spec or "+" in spec])

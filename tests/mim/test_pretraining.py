@@ -42,7 +42,7 @@ class Troublesome(PixelTarget):
         super().__init__(2, view.mean, view.std, norm_pix=False)
         self.calls, self.at, self.trouble = 0, at, trouble
 
-    def forward(self, predictions, images, mask, *, index=None, labels=None):
+    def forward(self, predictions, images, mask, *, index=None, labels=None, keys=None):
         found = super().forward(predictions, images, mask)
         self.calls += 1
         if self.calls == self.at and self.trouble == "nan":

@@ -17,8 +17,9 @@ from clustermim.data.options import DataOptions
 from clustermim.data.sources import open_source
 from clustermim.errors import InputError, Stopped
 from clustermim.scoring.stored import open_ids
+from clustermim.tokenizers.id_types import id_type
 from clustermim.tokenizers.tokenizer import Tokenizer
-from clustermim.verbs.tokenize_images import id_type, tokenize
+from clustermim.verbs.tokenize_images import tokenize
 from clustermim.verbs.tokenizer_fit import fit_tokenizer
 
 OPTIONS = DataOptions(limit=150)

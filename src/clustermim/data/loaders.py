@@ -20,7 +20,7 @@ from clustermim.data.checking import in_threads
 from clustermim.data.counted import permutation
 from clustermim.data.pixels import adapt_channels, convertible
 from clustermim.data.sources import ImageSource
-from clustermim.data.views import ViewConfig, draw, eval_view, eval_views, to_float, train_view, train_views
+from clustermim.data.views import ViewConfig, draw, eval_view, eval_views, repeats, to_float, train_view, train_views
 from clustermim.errors import ClusterMIMError, InputError
 from clustermim.training.trouble import dead_worker
 
@@ -41,6 +41,9 @@ class Batch:
     """Index of each image in its source."""
     labels: Int64[Tensor, " b"] | None
     """Label of each image, or None."""
+    keys: Int64[Tensor, " b"] | None = None
+    """Under which to keep what follows from a view alone: the image's index where its view is the same in every epoch,
+    else -1. On the CPU, because asking the device for it would make the host wait."""
 
 
 class Loader:
@@ -110,6 +113,10 @@ class Loader:
         """
         raise NotImplementedError
 
+    def repeats(self, height: int, width: int) -> bool:
+        """Whether an image of this stored size has the same view in every epoch."""
+        return not self.crops or (self.augment is None and repeats(height, width, self.view))
+
     def __iter__(self) -> Iterator[Batch]:
         """Epoch 0."""
         return self.epoch()
@@ -136,6 +143,7 @@ class ResidentLoader(Loader):
 
     def epoch(self, epoch: int = 0, start: int = 0) -> Iterator[Batch]:
         """See `Loader.epoch`."""
+        same = self.repeats(*self.images.shape[-2:])
         for index in self.batches(epoch, start):
             here = index.to(self.device)
             pixels = adapt_channels(self.images.index_select(0, here), self.view.channels)
@@ -147,7 +155,8 @@ class ResidentLoader(Loader):
                     views = torch.stack([self.augment(view, epoch, number) for view, number in pairs]).to(self.device)
             else:
                 views = eval_views(pixels, self.view)
-            yield Batch(views, here, None if self._labels is None else self._labels[here])
+            keys = index if same else torch.full_like(index, -1)
+            yield Batch(views, here, None if self._labels is None else self._labels[here], keys)
 
 
 class WorkerLoader(Loader):
@@ -189,12 +198,13 @@ class WorkerLoader(Loader):
             for item in loader:
                 if isinstance(item, ClusterMIMError):
                     raise item
-                views, index = item
+                views, index, keys = item
                 labels = None if self._labels is None else self._labels[index]
                 yield Batch(
                     views.to(self.device, non_blocking=True),
                     index.to(self.device, non_blocking=True),
                     None if labels is None else labels.to(self.device),
+                    keys,
                 )
         except RuntimeError as problem:
             if isinstance(problem, ClusterMIMError) or "DataLoader worker" not in str(problem):
@@ -213,17 +223,20 @@ class _Views(Dataset[Any]):
     def __len__(self) -> int:
         return len(self.source)
 
-    def __getitem__(self, key: tuple[int, int]) -> tuple[Tensor, int] | ClusterMIMError:
-        epoch, index = key
+    def __getitem__(self, place: tuple[int, int]) -> tuple[Tensor, int, int] | ClusterMIMError:
+        epoch, index = place
         try:
             image = adapt_channels(self.source[index][0], self.view.channels)
         except ClusterMIMError as problem:
             return problem  # raised through the worker it would arrive as a traceback
         if not self.crops:
-            return eval_view(image, self.view), index
-        sizes = torch.tensor([[image.shape[-2], image.shape[-1]]])
+            return eval_view(image, self.view), index, index
+        height, width = image.shape[-2:]
+        sizes = torch.tensor([[height, width]])
         view = train_view(image, draw(self.seed, epoch, torch.tensor([index]), sizes, self.view), self.view)
-        return (view if self.augment is None else self.augment(view, epoch, index)), index
+        if self.augment is not None:
+            return self.augment(view, epoch, index), index, -1
+        return view, index, index if repeats(height, width, self.view) else -1
 
 
 def leave_signals(worker: int) -> None:
@@ -242,14 +255,17 @@ def _obey_the_next(number: int, frame: FrameType | None) -> None:
     signal.signal(number, signal.SIG_DFL)
 
 
-def _collate(items: list[tuple[Tensor, int] | ClusterMIMError]) -> tuple[Tensor, Tensor] | ClusterMIMError:
-    views, index = [], []
+def _collate(
+    items: list[tuple[Tensor, int, int] | ClusterMIMError],
+) -> tuple[Tensor, Tensor, Tensor] | ClusterMIMError:
+    views, index, keys = [], [], []
     for item in items:
         if isinstance(item, ClusterMIMError):
             return item
         views.append(item[0])
         index.append(item[1])
-    return torch.stack(views), torch.tensor(index)
+        keys.append(item[2])
+    return torch.stack(views), torch.tensor(index), torch.tensor(keys)
 
 
 def make_loader(

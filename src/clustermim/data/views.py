@@ -7,6 +7,7 @@ worker processes; `train_views` a whole batch on its device, as two small matrix
 import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -154,6 +155,38 @@ def draw(seed: int, epoch: int, index: Int64[Tensor, " b"], sizes: Int64[Tensor,
     flip = uniform(seed, Stream.FLIP, epoch, index) < 0.5 if config.flip else torch.zeros_like(index, dtype=torch.bool)
     top, left, crop_height, crop_width = (side[:, 0].long() for side in box)
     return Draw(top, left, crop_height, crop_width, flip)
+
+
+@lru_cache(maxsize=4096)
+def repeats(height: int, width: int, config: ViewConfig) -> bool:
+    """Whether `draw` gives an image of this size the same view in every epoch; where in doubt it says no.
+
+    No flip and a crop scale of 1 are not enough. The proposed boxes have the area of the image but another aspect, and
+    where one fits by rounding it may be another than the whole image: 6 × 7 pixels of 6 × 8. So all boxes that may be
+    proposed are gone through. Square images always repeat.
+
+    Parameters
+    ----------
+    height, width
+        Of the stored image in pixels.
+    config
+        Crop scale, crop ratio and flip.
+    """
+    if config.flip or config.crop_scale != (1.0, 1.0):
+        return False
+    area, doubt = height * width, 1e-7  # of a rounded root
+    narrowest, widest = (math.sqrt(area * ratio) for ratio in config.crop_ratio)
+    whole_may_fit = False
+    for crop_width in range(1, width + 1):
+        low, high = max(narrowest, crop_width - 0.5) - doubt, min(widest, crop_width + 0.5) + doubt
+        if low > high:
+            continue
+        lowest = max(1, math.ceil(area / high - 0.5 - doubt))  # height of the flattest box of this width
+        if lowest <= height and (crop_width, lowest) != (width, height):
+            return False
+        whole_may_fit = whole_may_fit or lowest <= height
+    fallback = (min(height, round(width / config.crop_ratio[0])), min(width, round(height * config.crop_ratio[1])))
+    return not whole_may_fit or fallback == (height, width)
 
 
 def centre_draw(sizes: Int64[Tensor, "b 2"], config: ViewConfig) -> Draw:

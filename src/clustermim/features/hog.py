@@ -131,6 +131,11 @@ class HOGFeatures(PatchFeatures):
             "norm": self.norm,
         }
 
+    @property
+    def batch_invariant(self) -> bool:
+        """Sums go over the pixels of one cell or block only."""
+        return True
+
     def describe(self, images: Float[Tensor, "b c h w"]) -> Float[Tensor, "b n d"]:
         """Gradients, cells, then the blocks of each window."""
         rows, columns = self.grid(images.shape[2], images.shape[3])

@@ -126,6 +126,11 @@ class JoinedFeatures(PatchFeatures):
         }
 
     @property
+    def batch_invariant(self) -> bool:
+        """Where all parts are, and nothing is projected."""
+        return self.projection is None and all(part.batch_invariant for part in self._members())
+
+    @property
     def needs_fit(self) -> bool:
         """Where parts are scaled or projected, or one of them needs it itself."""
         own = (self._balances or self.projection is not None) and not self.fitted

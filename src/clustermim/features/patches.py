@@ -122,6 +122,14 @@ class PatchFeatures(nn.Module, ABC):
         """The features of checked images."""
 
     @property
+    def batch_invariant(self) -> bool:
+        """Whether a patch is described alike to the last bit in whatever batch its image stands.
+
+        Not so where a matrix product goes over the whole batch: its rows may be rounded otherwise at another place.
+        """
+        return False
+
+    @property
     def needs_fit(self) -> bool:
         """Whether `fit` must see the training images before the first patch can be described."""
         return False

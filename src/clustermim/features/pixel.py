@@ -118,6 +118,11 @@ class PixelFeatures(PatchFeatures):
         }
 
     @property
+    def batch_invariant(self) -> bool:
+        """Unless whitened."""
+        return self.whitening is None
+
+    @property
     def needs_fit(self) -> bool:
         """Where whitening is asked for and not yet fitted."""
         return self.whitening is not None and not self.fitted

@@ -71,6 +71,8 @@ class PretrainConfig:
         Compile the model with `torch.compile`.
     ema
         Decay of a running mean of the encoder's weights, or None for none. It warms up, so short runs have a use of it.
+    cache_ids
+        Whether to compute token ids once an image where views repeat; None: where that changes no id.
     """
 
     epochs: int
@@ -88,6 +90,7 @@ class PretrainConfig:
     checkpoint_every: Interval = Interval(steps=500)  # noqa: RUF009 - frozen
     compile: bool = False
     ema: float | None = None
+    cache_ids: bool | None = None
 
     def __post_init__(self) -> None:
         """Refuse numbers that cannot be meant."""
@@ -183,7 +186,8 @@ def masked_loss(forward: Forward, target: Target, batch: Batch, masking: Masking
     """The loss of one batch in one epoch: the whole of masked image modelling."""
     mask, asked = masking.draw(epoch, batch.index)
     predictions = forward(batch.images, mask, masking.hidden, None if asked is mask else asked, masking.asked)
-    return target(predictions, batch.images, asked, index=batch.index, labels=batch.labels)  # type: ignore[no-any-return]
+    beside: dict[str, Any] = {"index": batch.index, "labels": batch.labels, "keys": batch.keys}
+    return target(predictions, batch.images, asked, **beside)  # type: ignore[no-any-return]
 
 
 def train(
@@ -238,6 +242,7 @@ def train(
     forward, optimiser = set_up(fabric, compiled(model) if config.compile else model, make)
     predict = keeping_width(forward, fabric)
     fabric.to_device(target)
+    kept = target.keep_what_repeats(loader, config.cache_ids)
     ledger = Ledger(fabric, _ADVICE)
     mean = running_mean(model, config.ema)
     done, seconds, row = restore(checkpoints, model, optimiser, ledger, run, mean, fabric)
@@ -248,6 +253,8 @@ def train(
     with TrainingProgress(total, "pretrain", start=done, show=fabric.is_global_zero) as progress:
         if done:
             progress.say(f"Continuing from the checkpoint of step {done} of {total}.")
+        if kept:
+            progress.say(kept)
         for epoch in range(done // steps, config.epochs):
             parts = loader.epoch(epoch, start=(done % steps) * config.accumulate)
             for step in range(done, (epoch + 1) * steps):

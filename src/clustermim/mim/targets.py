@@ -14,8 +14,10 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int64
 from torch import Tensor, nn
 
+from clustermim.data.loaders import Loader
 from clustermim.errors import InputError, nearest
 from clustermim.features.patches import PatchFeatures, patchify
+from clustermim.mim.cached_ids import CachedIds, cached_ids
 from clustermim.mim.selecting import channel_table, normalise, split_mask, take_rows
 from clustermim.tokenizers.tokenizer import Tokenizer
 
@@ -52,6 +54,7 @@ class Target(nn.Module):
         *,
         index: Int64[Tensor, "b"] | None = None,
         labels: Int64[Tensor, "b"] | None = None,
+        keys: Int64[Tensor, "b"] | None = None,
     ) -> TargetLoss:
         """The mean loss over the hidden patches of all images.
 
@@ -65,8 +68,27 @@ class Target(nn.Module):
             True where a patch is hidden.
         index, labels
             Of the images, for targets that require them.
+        keys
+            `Batch.keys`, for targets that keep something.
         """
         raise NotImplementedError
+
+    def keep_what_repeats(self, loader: Loader, wanted: bool | None) -> str:
+        """Compute once what depends on an image's view alone, where its view is the same in every epoch.
+
+        Parameters
+        ----------
+        loader
+            Of the training.
+        wanted
+            What the user said, or None.
+
+        Returns
+        -------
+        str
+            A sentence for the reader, empty where nothing is kept.
+        """
+        return ""
 
 
 def widened(values: Tensor) -> Tensor:
@@ -119,6 +141,14 @@ class TokenTarget(Target):
         if soft:
             self.temperature = soft * _spacing(tokenizer)
         self.register_buffer("weights", weights, persistent=False)
+        self.cache: CachedIds | None = None
+
+    def keep_what_repeats(self, loader: Loader, wanted: bool | None) -> str:
+        """The ids; with soft targets, which are distances, nothing."""
+        if self.temperature:
+            return ""
+        self.cache, told = cached_ids(self.tokenizer, loader, wanted)
+        return told
 
     def forward(
         self,
@@ -128,6 +158,7 @@ class TokenTarget(Target):
         *,
         index: Int64[Tensor, "b"] | None = None,
         labels: Int64[Tensor, "b"] | None = None,
+        keys: Int64[Tensor, "b"] | None = None,
     ) -> TargetLoss:
         """See `Target.forward`; `accuracy` is the share of hidden patches whose token is predicted."""
         logits = widened(predictions).flatten(0, 1)
@@ -138,8 +169,7 @@ class TokenTarget(Target):
                 goal = self._soft(images, hidden)
                 wanted = goal.argmax(dim=1)
             else:
-                ids = self.tokenizer.encode(images, index=index, labels=labels)
-                goal = wanted = ids.gather(1, hidden).flatten()
+                goal = wanted = self._ids(images, index, labels, keys).gather(1, hidden).flatten()
         if self.weights is None:
             loss = F.cross_entropy(logits, goal, label_smoothing=self.label_smoothing)
         else:
@@ -148,6 +178,14 @@ class TokenTarget(Target):
         with torch.no_grad():
             accuracy = (logits.argmax(dim=1) == wanted).float().mean()
         return TargetLoss(loss, {"accuracy": accuracy})
+
+    def _ids(
+        self, images: Tensor, index: Tensor | None, labels: Tensor | None, keys: Tensor | None
+    ) -> Int64[Tensor, "b n"]:
+        """The token of each patch, computed or kept."""
+        if self.cache is None or keys is None:
+            return self.tokenizer.encode(images, index=index, labels=labels)
+        return self.cache.encode(images, keys, index=index, labels=labels)
 
     def _soft(self, images: Tensor, hidden: Tensor) -> Float[Tensor, "patches k"]:
         """The distribution over tokens for each hidden patch; its mode is the hard token."""
@@ -211,6 +249,7 @@ class PixelTarget(Target):
         *,
         index: Int64[Tensor, "b"] | None = None,
         labels: Int64[Tensor, "b"] | None = None,
+        keys: Int64[Tensor, "b"] | None = None,
     ) -> TargetLoss:
         """See `Target.forward`."""
         with torch.no_grad():
@@ -261,6 +300,7 @@ class FeatureTarget(Target):
         *,
         index: Int64[Tensor, "b"] | None = None,
         labels: Int64[Tensor, "b"] | None = None,
+        keys: Int64[Tensor, "b"] | None = None,
     ) -> TargetLoss:
         """See `Target.forward`."""
         with torch.no_grad(), torch.autocast(images.device.type, enabled=False):

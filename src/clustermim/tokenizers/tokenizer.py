@@ -118,6 +118,14 @@ class Tokenizer(
         return None
 
     @property
+    def batch_invariant(self) -> bool:
+        """Whether an image has the same ids in whatever batch it stands, near ties included.
+
+        Its features decide, for ids are those of exact arithmetic on them. False of kinds without features.
+        """
+        return self.features is not None and self.features.batch_invariant
+
+    @property
     def grid(self) -> tuple[int, int]:
         """Patches down and across in the images it was made for."""
         return self.image_size[0] // self.patch_size, self.image_size[1] // self.patch_size

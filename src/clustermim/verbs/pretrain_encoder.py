@@ -13,6 +13,7 @@ from clustermim.data.sources import open_source, require_labels
 from clustermim.encoders.weights import fingerprint_of
 from clustermim.errors import InputError
 from clustermim.mim.building import EncoderKind, build_model
+from clustermim.mim.cached_ids import check_cached_ids
 from clustermim.mim.estimate import estimate
 from clustermim.mim.model import DecoderKind
 from clustermim.mim.pretraining import MaskKind, PretrainConfig
@@ -42,7 +43,7 @@ from clustermim.verbs.pretrain_targets import (
 KIND = "pretrain"
 _VOLATILE = (
     *("device", "devices", "strategy", "workers", "resident", "compile"),
-    *("accumulate", "activation_checkpointing", "checkpoint_every", "log_every"),
+    *("accumulate", "activation_checkpointing", "checkpoint_every", "log_every", "cache_ids"),
 )
 _MENDABLE = ("lr", "clip_grad", "precision")
 
@@ -65,6 +66,7 @@ def pretrain(
     label_smoothing: float = 0.0,
     soft_targets: float = 0.0,
     token_weights: TokenWeights = "equal",
+    cache_ids: bool | None = None,
     features: Annotated[Any, Parameter()] = None,
     feature_norm: bool | None = None,
     weight_decay: float = 0.05,
@@ -135,6 +137,10 @@ def pretrain(
         temperature, in units of the mean distance of neighbouring centroids.
     token_weights
         For --target token: `equal`, or `inverse-sqrt`: weight 1/√frequency, counted in one pass before training.
+    cache_ids
+        For --target token: compute the ids of an image once and keep them in memory (a byte a patch up to 256 tokens),
+        where views are the same in every epoch (--no-flip --crop-scale 1 1). Default: where that changes no id. Of
+        networks and whitened features, whose rounding depends on the batch, ids are kept where it is asked for.
     features
         For --target feature: `hog` (MaskFeat), `backbone:<timm name>[@file]` (distillation), or any of tokenizer fit's.
     feature_norm
@@ -221,6 +227,7 @@ def pretrain(
             "label_smoothing": label_smoothing or None,
             "soft_targets": soft_targets or None,
             "token_weights": None if token_weights == "equal" else token_weights,
+            "cache_ids": cache_ids,
         },
         pixel={"norm_pix": None if norm_pix else norm_pix},
         feature={"features": features, "feature_norm": feature_norm},
@@ -245,6 +252,8 @@ def pretrain(
             feature_norm=feature_norm,
         ),
     )
+    if cache_ids:
+        check_cached_ids(view, soft_targets)
     if "labels" in wanted.requires:
         require_labels(source, f"The tokenizer {tokenizer}")
     config = PretrainConfig(
@@ -263,6 +272,7 @@ def pretrain(
         checkpoint_every=parse_interval(checkpoint_every),
         compile=compile,
         ema=ema,
+        cache_ids=cache_ids,
     )
     built, recipe = build_model(
         model,
@@ -301,6 +311,7 @@ def pretrain(
         "label_smoothing": label_smoothing,
         "soft_targets": soft_targets,
         "token_weights": token_weights,
+        "cache_ids": cache_ids,
         "features": None if described is None else described.spec,
         "feature_norm": feature_norm,
         "encoder": encoder,

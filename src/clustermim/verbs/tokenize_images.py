@@ -18,6 +18,7 @@ from clustermim.data.options import DEFAULTS, DataOptions
 from clustermim.data.sources import ImageSource, open_source, require_labels
 from clustermim.errors import InputError, Stopped
 from clustermim.runs import RunDirectory, atomic_save, atomic_write
+from clustermim.tokenizers.id_types import id_type
 from clustermim.tokenizers.progress import PassProgress
 from clustermim.tokenizers.tokenizer import Tokenizer, load_tokenizer
 from clustermim.training.launch import Device, StopRequest, listen_for_stop, resolve_device
@@ -311,14 +312,6 @@ class _Encoded:
 
     def __len__(self) -> int:
         return len(self.index)
-
-
-def id_type(vocab_size: int) -> np.dtype[Any]:
-    """The smallest integers that hold the ids 0 to K − 1; signed from 32 bits on, where the sign costs nothing."""
-    for dtype in (np.uint8, np.uint16, np.int32):
-        if vocab_size - 1 <= np.iinfo(dtype).max:
-            return np.dtype(dtype)
-    return np.dtype(np.int64)
 
 
 def _runs(numbers: Sequence[int]) -> list[tuple[int, int]]:
