@@ -143,6 +143,21 @@ def encoder_after_each_step(folder):
     return found
 
 
+def test_so_many_steps_are_the_first_of_a_longer_schedule_and_may_end_within_an_epoch(tmp_path):
+    """15 steps are three epochs; 13 end within the third, and go on exactly after a stop at any place."""
+    epochs, _, rows = go(tmp_path / "epochs")
+    steps, _, others = go(tmp_path / "steps", epochs=None, steps=15)
+    assert_same_weights(epochs, steps)
+    assert timeless(rows) == timeless(others)
+    whole, row, _ = go(tmp_path / "whole", epochs=None, steps=13)
+    assert (row["step"], row["epoch"]) == (13, 13 / 5)
+    for step in range(1, 13):
+        with pytest.raises(Stopped, match=f"step {step} of 13"):
+            go(tmp_path / "parts", epochs=None, steps=13, resume=step > 1, max_minutes=0.0)
+    parts, _, _ = go(tmp_path / "parts", epochs=None, steps=13, resume=True)
+    assert_same_weights(whole, parts)
+
+
 def test_rows_after_the_checkpoint_are_written_again(tmp_path):
     whole, _, rows = go(tmp_path / "whole", log_every=1, checkpoint_every=Interval(steps=5))
     with pytest.raises(NonFiniteLossError):
@@ -226,6 +241,9 @@ def test_estimate_runs():
 def test_bad_numbers():
     for changes in (
         {"epochs": 0},
+        {"epochs": None, "steps": 0},
+        {"epochs": None},
+        {"steps": 5},
         {"accumulate": 0},
         {"warmup": 1.0},
         {"base_lr": 0.0},

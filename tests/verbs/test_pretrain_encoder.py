@@ -189,10 +189,11 @@ def test_other_ways_from_the_command_line(changes, tokenizer, tmp_path, capsys):
 
 
 def test_dry_run_writes_nothing(tmp_path, capsys):
-    options = TINY | {"epochs": 50, "limit": 128}
+    options = TINY | {"steps": 77, "limit": 128}
     assert run(["pretrain", *words(data="digits", out=tmp_path / "a", dry_run=True, **options)]) == 0
     said = capsys.readouterr().out
     assert "encoder parameters" in said
+    assert "77" in said
     assert "memory" in said
     assert not (tmp_path / "a").exists()
 
@@ -216,6 +217,7 @@ BAD = [
     ({"batch_size": 10, "accumulate": 3}, "multiple of 3"),
     ({"mask_ratio": 0.99}, "mask ratio"),
     ({"epochs": 0}, "--epochs"),
+    ({"epochs": 2, "steps": 9}, "--epochs or --steps says how long to train, but both are given"),
     ({"checkpoint_every": "sometimes"}, "30s, 10m, 2h"),
     ({"init": "nowhere"}, "nowhere"),
     ({"label_smooting": 0.1}, "label-smoothing"),

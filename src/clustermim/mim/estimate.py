@@ -66,7 +66,7 @@ def estimate(
     # The first step pays for allocation, and for compilation where that is on.
     later = sorted(taken[1:])
     per_step = later[len(later) // 2]
-    steps = len(loader) // config.accumulate * config.epochs
+    steps = config.total_steps(len(loader) // config.accumulate)
     # The kernel counts in kilobytes on Linux, in bytes on macOS.
     resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
     rate = config.batch_size / per_step

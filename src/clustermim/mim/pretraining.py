@@ -37,12 +37,14 @@ _ADVICE = (
 
 @dataclass(frozen=True, kw_only=True)
 class PretrainConfig:
-    """How to train. One step is one update of the weights.
+    """How to train. One step is one update of the weights; just one of `epochs` and `steps` is set.
 
     Attributes
     ----------
     epochs
         Passes over the data; the images left over after the last whole step of a pass are not used in it.
+    steps
+        Steps of the whole training, over as many passes as that takes; the last may end early.
     batch_size
         Images a step, over all processes and accumulated parts.
     base_lr
@@ -75,7 +77,8 @@ class PretrainConfig:
         Whether to compute token ids once an image where views repeat; None: where that changes no id.
     """
 
-    epochs: int
+    epochs: int | None = None
+    steps: int | None = None
     batch_size: int
     base_lr: float
     mask_ratio: float = 0.75
@@ -94,9 +97,13 @@ class PretrainConfig:
 
     def __post_init__(self) -> None:
         """Refuse numbers that cannot be meant."""
-        for name, low in (("epochs", 1), ("batch_size", 1), ("accumulate", 1), ("log_every", 1)):
-            if getattr(self, name) < low:
-                raise InputError(f"--{name.replace('_', '-')} {getattr(self, name)} must be at least {low}.")
+        if (self.epochs is None) == (self.steps is None):
+            given = "both are given" if self.steps is not None else "neither is given"
+            raise InputError(f"--epochs or --steps says how long to train, but {given}: choose one.")
+        for name in ("epochs", "steps", "batch_size", "accumulate", "log_every"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise InputError(f"--{name.replace('_', '-')} {value} must be at least 1.")
         if not 0.0 <= self.warmup < 1.0:
             raise InputError(f"--warmup {self.warmup} is a share of the training: at least 0 and below 1.")
         if not self.base_lr > 0.0 or self.weight_decay < 0.0 or (self.clip_grad is not None and self.clip_grad <= 0.0):
@@ -111,6 +118,10 @@ class PretrainConfig:
             )
         if self.ema is not None and not 0.0 < self.ema < 1.0:
             raise InputError(f"--ema {self.ema} is the decay of a running mean: above 0 and below 1, such as 0.999.")
+
+    def total_steps(self, per_epoch: int) -> int:
+        """Steps of the whole training, where a pass over the data has `per_epoch`."""
+        return self.steps if self.steps is not None else (self.epochs or 0) * per_epoch
 
     def part_size(self, processes: int) -> int:
         """Images that one process computes at a time.
@@ -232,7 +243,7 @@ def train(
         On request, after a checkpoint.
     """
     steps = len(loader) // config.accumulate
-    total = steps * config.epochs
+    total = config.total_steps(steps)
     peak, warmup = scaled_lr(config.base_lr, config.batch_size), round(config.warmup * total)
     masking = Masking(config, model.grid)
     flops = training_flops(model, masking.hidden, masking.asked)
@@ -255,9 +266,9 @@ def train(
             progress.say(f"Continuing from the checkpoint of step {done} of {total}.")
         if kept:
             progress.say(kept)
-        for epoch in range(done // steps, config.epochs):
+        for epoch in range(done // steps, -(-total // steps)):
             parts = loader.epoch(epoch, start=(done % steps) * config.accumulate)
-            for step in range(done, (epoch + 1) * steps):
+            for step in range(done, min(total, (epoch + 1) * steps)):
                 lr = cosine_with_warmup(step, total, warmup, peak)
                 set_learning_rate(optimiser.param_groups, lr)
                 for part in range(config.accumulate):

@@ -45,6 +45,7 @@ _VOLATILE = (
     *("device", "devices", "strategy", "workers", "resident", "compile"),
     *("accumulate", "activation_checkpointing", "checkpoint_every", "log_every", "cache_ids"),
 )
+_EPOCHS = 100
 _MENDABLE = ("lr", "clip_grad", "precision")
 
 
@@ -56,7 +57,8 @@ def pretrain(
     tokenizer: Annotated[Any, Parameter()] = None,
     model: str = "vit_micro",
     patch_size: int | None = None,
-    epochs: int = 100,
+    epochs: int | None = None,
+    steps: int | None = None,
     batch_size: int = 256,
     lr: float | None = None,
     mask_ratio: float = 0.75,
@@ -117,7 +119,9 @@ def pretrain(
     patch_size
         Patch side in pixels; default: the tokenizer's.
     epochs
-        Passes over the images.
+        Passes over the images. Default: 100, unless --steps says how long to train.
+    steps
+        Train for so many updates of the weights instead, over as many passes as that takes.
     batch_size
         Images a step, over all devices and accumulated parts together.
     lr
@@ -256,8 +260,10 @@ def pretrain(
         check_cached_ids(view, soft_targets)
     if "labels" in wanted.requires:
         require_labels(source, f"The tokenizer {tokenizer}")
+    epochs = _EPOCHS if epochs is None and steps is None else epochs
     config = PretrainConfig(
         epochs=epochs,
+        steps=steps,
         batch_size=batch_size,
         base_lr=wanted.base_lr if lr is None else lr,
         mask_ratio=mask_ratio,
@@ -302,6 +308,7 @@ def pretrain(
         "model": model,
         "patch_size": side,
         "epochs": epochs,
+        "steps": steps,
         "batch_size": batch_size,
         "lr": config.base_lr,
         "mask_ratio": mask_ratio,
