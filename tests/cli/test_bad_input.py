@@ -252,7 +252,7 @@ def test_an_interrupt_is_told_without_a_traceback(
     def interrupted(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(verb, "open_source", interrupted)
+    monkeypatch.setattr(verb, "open_images", interrupted)
     assert run(["pretrain", "--target", "pixel", "--patch-size", "2", "--out", "unused"]) == 130
     assert "Traceback" not in capsys.readouterr().err
 

@@ -184,6 +184,23 @@ def choose_channels(collection: Collection, options: DataOptions, findings: Find
     return channels
 
 
+def refuse_bad(
+    collection: Collection, options: DataOptions, findings: Findings, skipped: Sequence[tuple[str, str]]
+) -> None:
+    """Refuse a collection with more bad images, and files `skipped` when listing, than `options` allow for.
+
+    Raises
+    ------
+    InputError
+        Names some of them.
+    """
+    bad = [(collection.store.label_of(row), why) for row, why in sorted(findings.bad.items())]
+    listed = [*skipped, *bad]
+    total = findings.looked + len(skipped)
+    if listed and (len(listed) > MOST_BAD * total or options.on_bad_image == "error"):
+        raise bad_images_error(collection, listed, total)
+
+
 def bad_images_error(collection: Collection, bad: Sequence[tuple[str, str]], total: int) -> InputError:
     """The message that refuses a source for its bad images."""
     share = len(bad) / max(total, 1)

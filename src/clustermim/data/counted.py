@@ -35,6 +35,7 @@ class Stream(IntEnum):
     NOISE = 11
     RESTART = 12
     PART = 20
+    WINDOW = 21
 
 
 def _signed(word: int) -> int:

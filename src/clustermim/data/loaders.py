@@ -4,126 +4,42 @@ Both give the same images in the same order with the same crops, because order a
 """
 
 import os
-import signal
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import torch
-from jaxtyping import Float, Int64, Shaped
+from jaxtyping import Shaped
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from clustermim.data.batches import Augment, Batch, Cutting, Loader, leave_signals, reading
 from clustermim.data.checking import in_threads
-from clustermim.data.counted import permutation
 from clustermim.data.pixels import adapt_channels, convertible
 from clustermim.data.sources import ImageSource
-from clustermim.data.views import ViewConfig, draw, eval_view, eval_views, repeats, to_float, train_view, train_views
+from clustermim.data.streaming.loader import StreamLoader
+from clustermim.data.streaming.source import AnySource, StreamSource
+from clustermim.data.views import ViewConfig, draw, eval_views, to_float, train_views
 from clustermim.errors import ClusterMIMError, InputError
-from clustermim.training.trouble import dead_worker
+
+__all__ = [
+    "Augment",
+    "Batch",
+    "Loader",
+    "ResidentLoader",
+    "WorkerLoader",
+    "free_memory",
+    "leave_signals",
+    "make_loader",
+]
 
 _RESIDENT_SHARE = 0.25  # of free memory that images may take before workers are used instead
 
 
-Augment = Callable[[Tensor, int, int], Tensor]
-"""(training view (c, h, w) in [0, 1] on the CPU, epoch, index of the image) -> the view changed once more."""
-
-
-@dataclass(frozen=True)
-class Batch:
-    """B views and where they come from, on one device."""
-
-    images: Float[Tensor, "b c h w"]
-    """Views in [0, 1]."""
-    index: Int64[Tensor, " b"]
-    """Index of each image in its source."""
-    labels: Int64[Tensor, " b"] | None
-    """Label of each image, or None."""
-    keys: Int64[Tensor, " b"] | None = None
-    """Under which to keep what follows from a view alone: the image's index where its view is the same in every epoch,
-    else -1. On the CPU, because asking the device for it would make the host wait."""
-
-
-class Loader:
-    """Batches of one source; use `make_loader`."""
-
-    def __init__(
-        self,
-        source: ImageSource,
-        view: ViewConfig,
-        batch_size: int,
-        train: bool,
-        seed: int,
-        device: torch.device,
-        rank: int,
-        world_size: int,
-    ) -> None:
-        self.source, self.view, self.batch_size, self.train, self.seed = source, view, batch_size, train, seed
-        self.device, self.rank, self.world_size = device, rank, world_size
-        self._labels = None if source.labels is None else torch.as_tensor(source.labels, dtype=torch.int64)
-        self.augment: Augment | None = None
-        self.crops = train
-        """Whether views are cut as for training; `make_loader` may set it apart from `train`."""
-
-    @property
-    def num_images(self) -> int:
-        """Images in the whole source, over all ranks."""
-        return len(self.source)
-
-    def _eval_range(self) -> range:
-        """The contiguous block of images that this rank sees when not training."""
-        total = len(self.source)
-        return range(total * self.rank // self.world_size, total * (self.rank + 1) // self.world_size)
-
-    @property
-    def first_image(self) -> int:
-        """Index of the first image that this rank sees when not training."""
-        return self._eval_range().start
-
-    def __len__(self) -> int:
-        """Batches of an epoch on this rank."""
-        if self.train:
-            return len(self.source) // (self.batch_size * self.world_size)
-        return -(-len(self._eval_range()) // self.batch_size)
-
-    def batches(self, epoch: int = 0, start: int = 0) -> Iterator[Int64[Tensor, " b"]]:
-        """The indices of each batch of an epoch, from batch `start` on."""
-        if self.train:
-            order = permutation(self.seed, epoch, len(self.source))
-            whole = self.batch_size * self.world_size
-            for number in range(start, len(self)):
-                first = number * whole + self.rank * self.batch_size
-                yield order[first : first + self.batch_size]
-        else:
-            mine = self._eval_range()
-            for first in range(mine.start + start * self.batch_size, mine.stop, self.batch_size):
-                yield torch.arange(first, min(first + self.batch_size, mine.stop))
-
-    def epoch(self, epoch: int = 0, start: int = 0) -> Iterator[Batch]:
-        """The batches of an epoch.
-
-        Parameters
-        ----------
-        epoch
-            Decides the order, the crops and the flips when training.
-        start
-            Batches to leave out, without decoding them.
-        """
-        raise NotImplementedError
-
-    def repeats(self, height: int, width: int) -> bool:
-        """Whether an image of this stored size has the same view in every epoch."""
-        return not self.crops or (self.augment is None and repeats(height, width, self.view))
-
-    def __iter__(self) -> Iterator[Batch]:
-        """Epoch 0."""
-        return self.epoch()
-
-
 class ResidentLoader(Loader):
     """All images in the device's memory, as uint8 where they are; views are cut there, a batch at a time."""
+
+    source: ImageSource
 
     def __init__(
         self,
@@ -162,6 +78,8 @@ class ResidentLoader(Loader):
 class WorkerLoader(Loader):
     """Images decoded and views cut by worker processes, for sources too large or too uneven for memory."""
 
+    source: ImageSource
+
     def __init__(
         self,
         source: ImageSource,
@@ -187,38 +105,28 @@ class WorkerLoader(Loader):
         """
         batches = [[(epoch, int(index)) for index in batch] for batch in self.batches(epoch, start)]
         loader: DataLoader[Any] = DataLoader(
-            _Views(self.source, self.view, self.crops, self.seed, self.augment),
+            _Views(self.source, self.cutting),
             batch_sampler=batches,
             num_workers=self.workers,
             collate_fn=_collate,
             pin_memory=self.device.type == "cuda",
             worker_init_fn=leave_signals,
         )
-        try:
-            for item in loader:
-                if isinstance(item, ClusterMIMError):
-                    raise item
-                views, index, keys = item
-                labels = None if self._labels is None else self._labels[index]
-                yield Batch(
-                    views.to(self.device, non_blocking=True),
-                    index.to(self.device, non_blocking=True),
-                    None if labels is None else labels.to(self.device),
-                    keys,
-                )
-        except RuntimeError as problem:
-            if isinstance(problem, ClusterMIMError) or "DataLoader worker" not in str(problem):
-                raise
-            raise dead_worker(problem) from None
+        for views, index, keys in reading(loader):
+            labels = None if self._labels is None else self._labels[index]
+            yield Batch(
+                views.to(self.device, non_blocking=True),
+                index.to(self.device, non_blocking=True),
+                None if labels is None else labels.to(self.device),
+                keys,
+            )
 
 
 class _Views(Dataset[Any]):
     """One view for each (epoch, index); runs in the workers."""
 
-    def __init__(
-        self, source: ImageSource, view: ViewConfig, crops: bool, seed: int, augment: Augment | None = None
-    ) -> None:
-        self.source, self.view, self.crops, self.seed, self.augment = source, view, crops, seed, augment
+    def __init__(self, source: ImageSource, cutting: Cutting) -> None:
+        self.source, self.cutting = source, cutting
 
     def __len__(self) -> int:
         return len(self.source)
@@ -226,33 +134,10 @@ class _Views(Dataset[Any]):
     def __getitem__(self, place: tuple[int, int]) -> tuple[Tensor, int, int] | ClusterMIMError:
         epoch, index = place
         try:
-            image = adapt_channels(self.source[index][0], self.view.channels)
+            view, key = self.cutting(self.source[index][0], epoch, index)
+            return view, index, key
         except ClusterMIMError as problem:
             return problem  # raised through the worker it would arrive as a traceback
-        if not self.crops:
-            return eval_view(image, self.view), index, index
-        height, width = image.shape[-2:]
-        sizes = torch.tensor([[height, width]])
-        view = train_view(image, draw(self.seed, epoch, torch.tensor([index]), sizes, self.view), self.view)
-        if self.augment is not None:
-            return self.augment(view, epoch, index), index, -1
-        return view, index, index if repeats(height, width, self.view) else -1
-
-
-def leave_signals(worker: int) -> None:
-    """In a process that reads images: a signal to the whole group is for the main process, which ends this one.
-
-    SLURM and a terminal signal every process of a job. Readers that obeyed at once would look like a fault to the main
-    process, which is about to write a checkpoint. A second SIGTERM is obeyed: it is the main process's.
-    """
-    for name in ("SIGINT", "SIGUSR1", "SIGHUP"):
-        if hasattr(signal, name):
-            signal.signal(getattr(signal, name), signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, _obey_the_next)
-
-
-def _obey_the_next(number: int, frame: FrameType | None) -> None:
-    signal.signal(number, signal.SIG_DFL)
 
 
 def _collate(
@@ -269,7 +154,7 @@ def _collate(
 
 
 def make_loader(
-    source: ImageSource,
+    source: AnySource,
     view: ViewConfig | None = None,
     *,
     batch_size: int,
@@ -337,12 +222,17 @@ def make_loader(
             f"{source.name} has images of {source.channels} channel(s), which cannot become the "
             f"{view.channels} that are needed here: only 1 and 3 are converted into each other."
         )
+    readers = min(8, os.cpu_count() or 1) if workers is None else workers
+    if isinstance(source, StreamSource):
+        if resident:
+            raise InputError(f"{source.name} is a stream, which is not kept in memory: leave out --resident.")
+        streamed = StreamLoader(source, view, batch_size, train, seed, device, rank, world_size, readers)
+        return _cutting(streamed, crops, augment)
     common = (source, view, batch_size, train, seed, device, rank, world_size)
     if resident or (resident is None and workers is None and source.common_size is not None):
         images = _residents(source, device, must=bool(resident))
         if images is not None:
             return _cutting(ResidentLoader(*common, images), crops, augment)
-    readers = min(8, os.cpu_count() or 1) if workers is None else workers
     return _cutting(WorkerLoader(*common, readers), crops, augment)
 
 

@@ -21,6 +21,7 @@ from clustermim.errors import InputError, nearest
 DataLike: TypeAlias = "str | Path | np.ndarray | Tensor | tuple[Any, ...] | Dataset[Any] | Sized"
 Split: TypeAlias = Literal["train", "test", "all"]
 
+STREAM_PREFIXES = ("wds:", "hf-stream:")
 SOURCE_NAMES = ("digits", "fashion-mnist")
 _SPLITS: dict[str, Split] = {"train": "train", "test": "test", "all": "all"}
 
@@ -42,6 +43,12 @@ def collect(data: DataLike, options: DataOptions) -> tuple[Collection, Split | N
     if isinstance(data, (np.ndarray, Tensor)):
         return from_array(data, channels=options.channels), None
     if type(data).__module__.split(".")[0] == "datasets":
+        if not isinstance(data, (Mapping, Sized)):
+            raise InputError(
+                f"A Hugging Face {type(data).__name__} does not say how many images it has. Name what it was made of: "
+                f"hf-stream:FOLDER or hf-stream:owner/name?split=train (pretrain, tokenizer fit), or load it without "
+                f"streaming."
+            )
         parts: dict[str, Any] = dict(data) if isinstance(data, Mapping) else {"train": data}
         prints = " ".join(str(part._fingerprint) for part in parts.values())
         return from_tables(parts, type(data).__name__, Path(), prints), None
@@ -54,6 +61,12 @@ def collect(data: DataLike, options: DataOptions) -> tuple[Collection, Split | N
 
 
 def _collect_named(text: str, options: DataOptions) -> tuple[Collection, Split | None]:
+    if text.startswith(STREAM_PREFIXES):
+        raise InputError(
+            f"{text} is read from the front, which is enough for `pretrain` and for K-means in `tokenizer fit`; here "
+            f"images are taken in any order. Leave the prefix out: a .tar or parquet file, or a folder of them, is "
+            f"indexed once when it is opened (hf://owner/name: downloaded)."
+        )
     name, suffix = text, None
     if "#" in text and not Path(text).exists():
         name, _, ending = text.rpartition("#")

@@ -306,19 +306,12 @@ class _Opened:
             self.findings = checking.examine(self.collection, options)
         self.options = options
         self.channels = checking.choose_channels(self.collection, options, self.findings)
-        self._refuse_bad()
+        checking.refuse_bad(self.collection, options, self.findings, self.collection.skipped)
         good = np.ones(len(self.collection.store), dtype=bool)
         good[list(self.findings.bad)] = False
         self.groups = self._groups()
         self.test = self._test_rows(good)
         self.good = good
-
-    def _refuse_bad(self) -> None:
-        bad = [(self.collection.store.label_of(row), why) for row, why in sorted(self.findings.bad.items())]
-        listed = [*self.collection.skipped, *bad]
-        total = self.findings.looked + len(self.collection.skipped)
-        if listed and (len(listed) > checking.MOST_BAD * total or self.options.on_bad_image == "error"):
-            raise checking.bad_images_error(self.collection, listed, total)
 
     def _groups(self) -> np.ndarray | None:
         if self.options.group is None:

@@ -24,6 +24,7 @@ from clustermim.errors import InputError, nearest
 
 _SPLIT_IN_NAME = re.compile(rf"(?:^|[-_./])({'|'.join(SPLIT_FOLDERS)})(?=[-_./]|$)", re.IGNORECASE)
 _IMAGE_NAMES = ("image", "img", "picture", "photo")
+_PATH_NAMES = (*_IMAGE_NAMES, "file_name")
 _LABEL_NAMES = ("label", "labels", "fine_label", "class", "target", "cls")
 
 
@@ -54,17 +55,7 @@ class TableStore:
         """The encoded bytes of one image, from the table or from the file that it names."""
         pieces, starts = self.chunks
         place = bisect_right(starts, row) - 1
-        value = pieces[place][row - starts[place]].as_py()
-        if isinstance(value, Mapping):
-            if value.get("bytes") is None and value.get("path"):
-                try:
-                    return Path(self.folder, str(value["path"])).read_bytes()
-                except OSError as problem:
-                    raise BadImage(f"{value['path']}: {problem.strerror}") from None
-            value = value.get("bytes")
-        if not value:
-            raise BadImage("an empty cell")
-        return bytes(value)
+        return encoded_bytes(pieces[place][row - starts[place]].as_py(), self.folder)
 
     def read(self, row: int) -> np.ndarray:
         """Raw pixels (C, H, W)."""
@@ -83,6 +74,26 @@ class TableStore:
         digest.update(f"{self.origin} {len(self)}".encode())
 
 
+def encoded_bytes(value: Any, folder: Path) -> bytes:
+    """The image in a cell of a table: bytes, a path below `folder`, or a mapping of either under `bytes` and `path`.
+
+    Raises
+    ------
+    BadImage
+        When the cell is empty or its file cannot be read.
+    """
+    if isinstance(value, Mapping):
+        value = value["path"] if value.get("bytes") is None and value.get("path") else value.get("bytes")
+    if not value:
+        raise BadImage("an empty cell")
+    if isinstance(value, str):
+        try:
+            return Path(folder, value).read_bytes()
+        except OSError as problem:
+            raise BadImage(f"{value}: {problem.strerror}") from None
+    return bytes(value)
+
+
 def from_parquet(path: Path) -> Collection:
     """A parquet file, or a folder of them whose names may tell train from test.
 
@@ -91,22 +102,28 @@ def from_parquet(path: Path) -> Collection:
     InputError
         When a file cannot be read, or has no column of images.
     """
-    files = sorted(file for file in path.rglob("*.parquet") if file.is_file()) if path.is_dir() else [path]
-    by_split: dict[str, list[str]] = {}
-    for file in files:
-        relative = file.relative_to(path).as_posix() if path.is_dir() else file.name
-        match = _SPLIT_IN_NAME.search(relative)
-        by_split.setdefault(SPLIT_FOLDERS[match.group(1).lower()] if match else "train", []).append(str(file))
-    with _datasets(path) as datasets:
-        parts = dict(datasets.load_dataset("parquet", data_files=by_split))
+    by_split = files_by_split(path, ".parquet")
+    with datasets_quietly(path) as datasets:
+        parts = dict(datasets.load_dataset("parquet", data_files={k: list(map(str, v)) for k, v in by_split.items()}))
+    files = sorted(file for part in by_split.values() for file in part)
     origin = " ".join(f"{file.name} {file.stat().st_size}" for file in files)
     return from_tables(parts, str(path), path if path.is_dir() else path.parent, origin)
+
+
+def files_by_split(path: Path, suffix: str) -> dict[str, list[Path]]:
+    """A file, or the files of a folder that end in `suffix`, in order, by the split that their names tell."""
+    files = sorted(file for file in path.rglob(f"*{suffix}") if file.is_file()) if path.is_dir() else [path]
+    found: dict[str, list[Path]] = {}
+    for file in files:
+        match = _SPLIT_IN_NAME.search(file.relative_to(path).as_posix() if path.is_dir() else file.name)
+        found.setdefault(SPLIT_FOLDERS[match.group(1).lower()] if match else "train", []).append(file)
+    return found
 
 
 def from_shards(path: Path) -> Collection:
     """A webdataset shard, or a folder of them (`.tar`)."""
     files = sorted(path.rglob("*.tar")) if path.is_dir() else [path]
-    with _datasets(path) as datasets:
+    with datasets_quietly(path) as datasets:
         parts = dict(datasets.load_dataset("webdataset", data_files={"train": [str(file) for file in files]}))
     origin = " ".join(f"{file.name} {file.stat().st_size}" for file in files)
     return from_tables(parts, str(path), path.parent, origin)
@@ -115,15 +132,27 @@ def from_shards(path: Path) -> Collection:
 def from_hub(address: str) -> Collection:
     """A dataset of the Hugging Face hub: `hf://owner/name?config=..&split=..`."""
     parsed = urlsplit(address)
-    query = {key: values[-1] for key, values in parse_qs(parsed.query).items()}
-    for key in query:
-        if key not in ("config", "split"):
-            raise InputError(f"{address}: unknown key {key!r}.{nearest(key, ('config', 'split'))}")
+    query = hub_query(address, parsed.query)
     name = f"{parsed.netloc}{parsed.path}".strip("/")
-    with _datasets(address) as datasets:
+    with datasets_quietly(address) as datasets:
         loaded = datasets.load_dataset(name, query.get("config"), split=query.get("split"))
     parts = dict(loaded) if isinstance(loaded, Mapping) else {"train": loaded}
     return from_tables(parts, address, Path(), " ".join(str(part._fingerprint) for part in parts.values()))
+
+
+def hub_query(address: str, query: str) -> dict[str, str]:
+    """What stands behind the `?` of an address: `config` and `split`, each or none of them.
+
+    Raises
+    ------
+    InputError
+        For another key.
+    """
+    found = {key: values[-1] for key, values in parse_qs(query).items()}
+    for key in found:
+        if key not in ("config", "split"):
+            raise InputError(f"{address}: unknown key {key!r}.{nearest(key, ('config', 'split'))}")
+    return found
 
 
 def from_tables(parts: Mapping[str, Any], where: str, folder: Path, origin: str) -> Collection:
@@ -137,7 +166,8 @@ def from_tables(parts: Mapping[str, Any], where: str, folder: Path, origin: str)
     tables = {SPLIT_FOLDERS.get(str(split).lower(), "train"): table for split, table in parts.items() if len(table)}
     if not tables:
         raise InputError(f"{where} holds no rows.")
-    column = _image_column(next(iter(tables.values())), where)
+    first = next(iter(tables.values()))
+    column = image_column(first.features, first.data.schema, where)
     for table in tables.values():
         if column not in table.column_names:
             raise InputError(f"{where}: a split has no image column {column!r}, but {', '.join(table.column_names)}.")
@@ -145,7 +175,7 @@ def from_tables(parts: Mapping[str, Any], where: str, folder: Path, origin: str)
     collection = Collection(where, store, check="glance", unlabelled_because="it has no column 'label'")
     if len(tables) > 1:
         collection.given_split = np.concatenate([np.full(len(table), split) for split, table in tables.items()])
-    label = next((found for table in tables.values() if (found := _label_column(table)) is not None), None)
+    label = next((found for table in tables.values() if (found := label_column(table.features)) is not None), None)
     if label is not None:
         feature = next(table.features[label] for table in tables.values() if label in table.column_names)
         values = _column(tables, label, None)
@@ -176,40 +206,57 @@ def _column(tables: Mapping[str, Any], name: str, absent: Any) -> np.ndarray:
     return array
 
 
-def _image_column(table: Any, where: str) -> str:
-    """The column of images: an Image feature, else encoded bytes under a usual name."""
+def image_column(features: Mapping[str, Any], schema: Any, where: str) -> str:
+    """The column of images: an Image feature, else encoded bytes, or text, under a usual name.
+
+    Parameters
+    ----------
+    features
+        Of Hugging Face, by column.
+    schema
+        Of Arrow.
+    where
+        What to call the table in a message.
+
+    Raises
+    ------
+    InputError
+        When there is no such column.
+    """
     import pyarrow
 
-    for name, feature in table.features.items():
+    for name, feature in features.items():
         if type(feature).__name__ == "Image":
             return str(name)
-    encoded = []
-    for field in table.data.schema:
+    encoded, texts = [], []
+    for field in schema:
         kind = field.type
         if pyarrow.types.is_struct(kind) and "bytes" in [part.name for part in kind]:
             return str(field.name)
         if pyarrow.types.is_binary(kind) or pyarrow.types.is_large_binary(kind):
             encoded.append(field.name)
-    named = [name for name in encoded if name.lower() in _IMAGE_NAMES] or (encoded if len(encoded) == 1 else [])
+        if (pyarrow.types.is_string(kind) or pyarrow.types.is_large_string(kind)) and field.name in _PATH_NAMES:
+            texts.append(field.name)
+    named = [name for name in encoded if name.lower() in _IMAGE_NAMES] or (encoded if len(encoded) == 1 else texts)
     if not named:
-        columns = ", ".join(f"{field.name} ({field.type})" for field in table.data.schema)
+        columns = ", ".join(f"{field.name} ({field.type})" for field in schema)
         raise InputError(
             f"{where} has no column of images: one of encoded bytes is needed, best called 'image'. It has {columns}."
         )
     return str(named[0])
 
 
-def _label_column(table: Any) -> str | None:
+def label_column(features: Mapping[str, Any]) -> str | None:
     """The column of labels: one of the usual names, else the first with class names."""
     for name in _LABEL_NAMES:
-        if name in table.column_names and type(table.features[name]).__name__ in ("ClassLabel", "Value"):
+        if name in features and type(features[name]).__name__ in ("ClassLabel", "Value"):
             return name
-    return next((name for name, feature in table.features.items() if type(feature).__name__ == "ClassLabel"), None)
+    return next((name for name, feature in features.items() if type(feature).__name__ == "ClassLabel"), None)
 
 
 @contextmanager
-def _datasets(where: Path | str) -> Iterator[Any]:
-    """The `datasets` library, quiet, its many kinds of errors as one of ours."""
+def datasets_quietly(where: Path | str) -> Iterator[Any]:
+    """The `datasets` library, quiet, its many kinds of errors as an `InputError`."""
     import datasets
 
     shown = not datasets.utils.are_progress_bars_disabled()

@@ -11,7 +11,8 @@ from torch import Tensor
 
 from clustermim.data.counted import Stream, uniform
 from clustermim.data.loaders import Loader, make_loader
-from clustermim.data.sources import ImageSource, require_labels
+from clustermim.data.sources import require_labels
+from clustermim.data.streaming.source import AnySource, StreamSource
 from clustermim.errors import InputError
 from clustermim.features.moments import Spread
 from clustermim.features.patches import PatchFeatures, make_features
@@ -32,7 +33,7 @@ from clustermim.training.launch import Device, StopRequest, make_fabric
 
 
 def fit(
-    source: ImageSource,
+    source: AnySource,
     *,
     patch_size: int,
     features: str | PatchFeatures = "pixel",
@@ -127,8 +128,15 @@ def fit(
         "channels": view.channels,
         "image_size": list(view.image_size),
     }
+    if isinstance(source, StreamSource) and kind in ("vqvae", "oracle"):
+        why = "holds images out at random" if kind == "vqvae" else "must know all classes beforehand"
+        raise InputError(
+            f"A tokenizer of kind {kind} {why}, and {source.name} is read from the front. Leave the prefix out: the "
+            f"files are then indexed once, when they are opened."
+        )
     facts = provenance(source, seed)
     if kind == "vqvae":
+        assert not isinstance(source, StreamSource)
         how = vqvae or VQVAEConfig()
         own = make_fabric(_kind_of(device), precision=how.precision)
         own.launch()
@@ -148,6 +156,7 @@ def fit(
     if kind == "position":
         return made(config | {"vocab_size": grid[0] * grid[1], "facts": facts})
     if kind == "oracle":
+        assert not isinstance(source, StreamSource)
         labels = require_labels(source, "an oracle tokenizer")
         classes = len(source.classes) if source.classes is not None else int(labels.max()) + 1
         return made(config | {"vocab_size": classes, "facts": facts})
@@ -259,7 +268,7 @@ def _kind_of(device: str | torch.device) -> Device:
     return found
 
 
-def provenance(source: ImageSource, seed: int) -> dict[str, Any]:
+def provenance(source: AnySource, seed: int) -> dict[str, Any]:
     """What every tokenizer's facts begin with: data and its fingerprint, seed, versions."""
     return {
         "data": source.name,

@@ -14,7 +14,7 @@ from jaxtyping import Float, Float64, Int64
 from torch import Tensor
 
 from clustermim.data.loaders import make_loader
-from clustermim.data.sources import ImageSource
+from clustermim.data.streaming.source import AnySource, StreamSource
 from clustermim.tokenizers.codebook import unit_rows
 from clustermim.tokenizers.tokenizer import Tokenizer
 
@@ -244,7 +244,7 @@ class Usage:
 @torch.no_grad()
 def usage_of(
     tokenizer: Tokenizer,
-    source: ImageSource,
+    source: AnySource,
     *,
     most: int = LOOKED_AT,
     measure: bool = True,
@@ -267,7 +267,9 @@ def usage_of(
     batch_size, device, workers
         As for `fit`.
     """
-    if len(source) > most:
+    if isinstance(source, StreamSource):
+        source = source.spread(most)
+    elif len(source) > most:
         source = source.subset(np.unique(np.linspace(0, len(source) - 1, most).round().astype(np.int64)))
     k = tokenizer.vocab_size
     counts, images_with = np.zeros(k, dtype=np.int64), np.zeros(k, dtype=np.int64)
@@ -332,7 +334,7 @@ def signatures_of(tokenizer: Tokenizer, usage: Usage) -> list[Signature]:
 
 def note_signatures(
     tokenizer: Tokenizer,
-    source: ImageSource,
+    source: AnySource,
     *,
     batch_size: int = 256,
     device: str | torch.device = "cpu",

@@ -9,7 +9,9 @@ from rich.console import Console
 
 from clustermim.data.masks import hidden_count
 from clustermim.data.options import DEFAULTS, DataOptions
-from clustermim.data.sources import open_source, require_labels
+from clustermim.data.streaming.opening import open_images, require_labelled
+from clustermim.data.streaming.order import StreamOptions
+from clustermim.data.streaming.source import StreamSource
 from clustermim.encoders.weights import fingerprint_of
 from clustermim.errors import InputError
 from clustermim.mim.building import EncoderKind, build_model
@@ -96,6 +98,7 @@ def pretrain(
     seed: int = 0,
     resume: bool = False,
     dry_run: bool = False,
+    stream: Annotated[StreamOptions | None, Parameter(name="*", group="Only for streams (wds:, hf-stream:)")] = None,
     options: Annotated[DataOptions, Parameter(name="*")] = DEFAULTS,
 ) -> PretrainResult:
     """Pretrain a ViT by masked image modelling.
@@ -107,7 +110,8 @@ def pretrain(
     Parameters
     ----------
     data
-        Images: `digits`, a path, or in Python an array or a Dataset. No labels are needed.
+        Images: `digits`, a path, or in Python an array or a Dataset. No labels are needed. More than fits here is read
+        as a stream: `wds:shards/train-{000..099}.tar`, `hf-stream:` and a folder of parquet or a data set of the hub.
     out
         Run directory to make.
     target
@@ -202,6 +206,8 @@ def pretrain(
         Start, continue exactly, or do nothing if OUT is finished.
     dry_run
         Write nothing; say how large the model is and, from a few measured steps, how long the run takes.
+    stream
+        How an epoch over a stream is shuffled.
     options
         How images are read and viewed.
 
@@ -238,7 +244,7 @@ def pretrain(
     )
     check_predict_ratio(predict_ratio, decoder)
     tokens = load_tokenizer(tokenizer) if target == "token" and tokenizer is not None else None
-    source = open_source(data, options if tokens is None else tokens.fill_options(options))
+    source = open_images(data, options if tokens is None else tokens.fill_options(options), stream)
     view = source.view
     side = settle_patch_size(patch_size, tokens, view)
     described = None if target != "feature" else target_features(features, side, source, batch_size, workers)
@@ -259,7 +265,7 @@ def pretrain(
     if cache_ids:
         check_cached_ids(view, soft_targets)
     if "labels" in wanted.requires:
-        require_labels(source, f"The tokenizer {tokenizer}")
+        require_labelled(source, f"The tokenizer {tokenizer}")
     epochs = _EPOCHS if epochs is None and steps is None else epochs
     config = PretrainConfig(
         epochs=epochs,
@@ -343,6 +349,7 @@ def pretrain(
         "checkpoint_every": checkpoint_every,
         "log_every": log_every,
         "seed": seed,
+        **(asdict(source.order) if isinstance(source, StreamSource) else {}),
         **asdict(options),
         **{key: getattr(view, key) for key in ("image_size", "channels", "mean", "std", "flip", "crop_scale")},
     }

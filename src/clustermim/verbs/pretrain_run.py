@@ -12,7 +12,7 @@ from rich.table import Table
 from torch import Tensor
 
 from clustermim.data.loaders import Loader, make_loader
-from clustermim.data.sources import ImageSource
+from clustermim.data.streaming.source import AnySource
 from clustermim.data.views import ViewConfig
 from clustermim.errors import InputError, NonFiniteLossError
 from clustermim.mim.contract import MaskedModel
@@ -79,7 +79,7 @@ def carry_out(
     fabric: Fabric,
     model: MaskedModel,
     target: Target,
-    images: tuple[ImageSource, ViewConfig],
+    images: tuple[AnySource, ViewConfig],
     config: PretrainConfig,
     run: RunDirectory,
     facts: Mapping[str, Any],
@@ -142,7 +142,7 @@ def settle_patch_size(asked: int | None, tokenizer: Tokenizer | None, view: View
     return asked
 
 
-def check_batch(source: ImageSource, config: PretrainConfig, processes: int) -> None:
+def check_batch(source: AnySource, config: PretrainConfig, processes: int) -> None:
     """Refuse a batch that cannot be filled or divided."""
     parts = processes * config.accumulate
     config.part_size(processes)
@@ -174,7 +174,7 @@ def tokenizer_from_run(run: Path, tokenizer: Any) -> str | None:
 
 
 def training_loader(
-    source: ImageSource,
+    source: AnySource,
     view: ViewConfig,
     config: PretrainConfig,
     fabric: Fabric,

@@ -6,7 +6,7 @@ from typing import Any, Literal
 from lightning_fabric import Fabric
 
 from clustermim.data.loaders import make_loader
-from clustermim.data.sources import ImageSource
+from clustermim.data.streaming.source import AnySource
 from clustermim.errors import InputError
 from clustermim.features.patches import PatchFeatures, make_features
 from clustermim.mim.frequencies import count_tokens, inverse_sqrt_weights
@@ -43,7 +43,7 @@ def check_target_options(target: str, **given: Mapping[str, Any]) -> None:
 
 
 def target_features(
-    features: str | PatchFeatures, patch_size: int, source: ImageSource, batch_size: int, workers: int | None
+    features: str | PatchFeatures, patch_size: int, source: AnySource, batch_size: int, workers: int | None
 ) -> PatchFeatures:
     """The description that --target feature predicts, fitted to the eval views of the source where it needs that.
 
@@ -59,9 +59,7 @@ def target_features(
     return described
 
 
-def weigh_by_frequency(
-    target: Target, source: ImageSource, fabric: Fabric, batch_size: int, workers: int | None
-) -> None:
+def weigh_by_frequency(target: Target, source: AnySource, fabric: Fabric, batch_size: int, workers: int | None) -> None:
     """Count the tokens in one pass over the eval views, each process alone, and weigh the target's loss by them."""
     assert isinstance(target, TokenTarget)  # check_target_options
     loader = make_loader(source, source.view, batch_size=batch_size, train=False, device=fabric.device, workers=workers)

@@ -16,6 +16,8 @@ from rich.console import Console
 
 from clustermim.data.options import DEFAULTS, DataOptions
 from clustermim.data.sources import ImageSource, open_source
+from clustermim.data.streaming.opening import open_images
+from clustermim.data.streaming.source import AnySource
 from clustermim.encoders.presets import default_patch_size
 from clustermim.errors import InputError
 from clustermim.features.patches import PatchFeatures
@@ -70,7 +72,8 @@ def fit_tokenizer(
     ----------
     data
         Images: digits, a folder, .zip, .npz, .tif or parquet; in Python also an array or a Dataset. The train split,
-        unless #test or #all says otherwise.
+        unless #test or #all says otherwise. K-means also reads streams: wds:shards/train-{000..099}.tar, or hf-stream:
+        and a folder of parquet or a data set of the hub.
     features
         What a patch is described by: pixel[?standardise=true&context=12&whiten=true], hog[?orientations=9&cell=8],
         backbone:NAME[@FILE][?layer=9&size=224&dtype=bf16] with a timm NAME, or run:DIR[?layer=6], the encoder of an
@@ -149,7 +152,8 @@ def fit_tokenizer(
     if kind != "vqvae":  # which launches its own, of another precision
         fabric.launch()
     where = fabric.device
-    source = open_source(data, options)
+    in_any_order = align_with is not None or kind in ("vqvae", "oracle")
+    source = open_source(data, options) if in_any_order else open_images(data, options)
     if message := source.skipped_message() if fabric.is_global_zero else None:
         Console(stderr=True).print(message, markup=False, highlight=False)
     side = default_patch_size(source.view.image_size) if patch_size is None else patch_size
@@ -175,6 +179,7 @@ def fit_tokenizer(
         if levels == 2 or probes is not None:
             raise InputError("--align-with labels merges tokens of one level; leave --levels and --probes out.")
         fitted["levels"] = 1
+        assert isinstance(source, ImageSource)  # in_any_order
         plan = plan_alignment(source, k, fine=align_from, images=align_images, kind=kind, seed=seed)
         make = partial(fit_aligned, source, plan, **common, **fitted)
         fitted |= {"align_with": align_with, "align_from": align_from, "align_images": align_images}
@@ -188,6 +193,7 @@ def fit_tokenizer(
         if out is None:
             tokenizer = fit(source, kind=kind, device=where, vqvae=how, **sizes)
         else:
+            assert isinstance(source, ImageSource)  # in_any_order
             settings = {
                 "data": source.name,
                 "kind": kind,
@@ -235,7 +241,7 @@ def _refuse_inapplicable(kind: str, vqvae: VQVAEConfig | None, **others: Any) ->
         raise InputError(f"{', '.join(unfit)}: not for --kind vqvae, which learns from pixels. Leave it out.")
 
 
-def _fit_into(fabric: Fabric, run: RunDirectory, source: ImageSource, make: Callable[..., Tokenizer]) -> Tokenizer:
+def _fit_into(fabric: Fabric, run: RunDirectory, source: AnySource, make: Callable[..., Tokenizer]) -> Tokenizer:
     """Fit and save. A fit that fails takes its notes with it, so that the corrected command may use the same folder."""
     was_there = run.path.exists()
     forget = False
@@ -268,7 +274,7 @@ def _fit_into(fabric: Fabric, run: RunDirectory, source: ImageSource, make: Call
                 run.path.rmdir()
 
 
-def _check_same_data(run: RunDirectory, source: ImageSource) -> None:
+def _check_same_data(run: RunDirectory, source: AnySource) -> None:
     """A fit may only be continued on the images with which it was begun."""
     now = source.fingerprint()
     if run.manifest.get("data_fingerprint", now) != now:
