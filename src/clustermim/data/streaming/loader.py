@@ -199,8 +199,9 @@ class _Reader(IterableDataset[Any]):
                 labels.append(self._label(found.sample))
         height, width = self.cutting.view.image_size
         images = torch.stack(views) if views else torch.empty(0, self.cutting.view.channels, height, width)
-        whole = [torch.tensor(values, dtype=torch.int64) for values in (places, numbers, labels, keys)]
-        return Part(whole[0], images, *whole[1:], bad)
+        columns = (torch.tensor(values, dtype=torch.int64) for values in (places, numbers, labels, keys))
+        whole = dict(zip(("places", "numbers", "labels", "keys"), columns, strict=True))
+        return Part(images=images, bad=bad, **whole)
 
     def _label(self, sample: Sample) -> int:
         if sample.label is None:
