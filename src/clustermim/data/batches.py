@@ -45,7 +45,7 @@ class Cutting:
     crops: bool
     """A random crop and flip, or the eval view."""
     seed: int
-    """What crops and flips are drawn from."""
+    """What crops and flips are drawn from, and the order of an epoch."""
     augment: Augment | None
     """Applied to each crop."""
 
@@ -65,31 +65,25 @@ class Cutting:
         return not self.crops or (self.augment is None and repeats(height, width, self.view))
 
 
+@dataclass(frozen=True)
+class Share:
+    """Which batches a loader gives, and where; `make_loader` says what each field means."""
+
+    batch_size: int
+    train: bool
+    device: torch.device
+    rank: int
+    world_size: int
+
+
 class Loader:
     """Batches of one source; use `make_loader`."""
 
-    def __init__(
-        self,
-        source: AnySource,
-        view: ViewConfig,
-        batch_size: int,
-        train: bool,
-        seed: int,
-        device: torch.device,
-        rank: int,
-        world_size: int,
-    ) -> None:
-        self.source, self.view, self.batch_size, self.train, self.seed = source, view, batch_size, train, seed
-        self.device, self.rank, self.world_size = device, rank, world_size
+    def __init__(self, source: AnySource, cutting: Cutting, share: Share) -> None:
+        self.source, self.cutting = source, cutting
+        self.view, self.seed, self.batch_size, self.train = cutting.view, cutting.seed, share.batch_size, share.train
+        self.device, self.rank, self.world_size = share.device, share.rank, share.world_size
         self._labels = None if source.labels is None else torch.as_tensor(source.labels, dtype=torch.int64)
-        self.augment: Augment | None = None
-        self.crops = train
-        """Whether views are cut as for training; `make_loader` may set it apart from `train`."""
-
-    @property
-    def cutting(self) -> Cutting:
-        """How reading processes make views."""
-        return Cutting(self.view, self.crops, self.seed, self.augment)
 
     @property
     def num_images(self) -> int:

@@ -13,7 +13,7 @@ from jaxtyping import Shaped
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from clustermim.data.batches import Augment, Batch, Cutting, Loader, leave_signals, reading
+from clustermim.data.batches import Augment, Batch, Cutting, Loader, Share, leave_signals, reading
 from clustermim.data.checking import in_threads
 from clustermim.data.pixels import adapt_channels, convertible
 from clustermim.data.sources import ImageSource
@@ -41,21 +41,10 @@ class ResidentLoader(Loader):
 
     source: ImageSource
 
-    def __init__(
-        self,
-        source: ImageSource,
-        view: ViewConfig,
-        batch_size: int,
-        train: bool,
-        seed: int,
-        device: torch.device,
-        rank: int,
-        world_size: int,
-        images: Shaped[Tensor, "n c h w"],
-    ) -> None:
-        super().__init__(source, view, batch_size, train, seed, device, rank, world_size)
+    def __init__(self, source: ImageSource, cutting: Cutting, share: Share, images: Shaped[Tensor, "n c h w"]) -> None:
+        super().__init__(source, cutting, share)
         self.images = images
-        self._labels = None if self._labels is None else self._labels.to(device)
+        self._labels = None if self._labels is None else self._labels.to(self.device)
 
     def epoch(self, epoch: int = 0, start: int = 0) -> Iterator[Batch]:
         """See `Loader.epoch`."""
@@ -63,12 +52,12 @@ class ResidentLoader(Loader):
         for index in self.batches(epoch, start):
             here = index.to(self.device)
             pixels = adapt_channels(self.images.index_select(0, here), self.view.channels)
-            if self.crops:
+            if self.cutting.crops:
                 sizes = torch.tensor(pixels.shape[-2:]).expand(len(index), 2)
                 views = train_views(pixels, draw(self.seed, epoch, index, sizes, self.view), self.view)
-                if self.augment is not None:
+                if (augment := self.cutting.augment) is not None:
                     pairs = zip(views.cpu(), index.tolist(), strict=True)
-                    views = torch.stack([self.augment(view, epoch, number) for view, number in pairs]).to(self.device)
+                    views = torch.stack([augment(view, epoch, number) for view, number in pairs]).to(self.device)
             else:
                 views = eval_views(pixels, self.view)
             keys = index if same else torch.full_like(index, -1)
@@ -80,19 +69,8 @@ class WorkerLoader(Loader):
 
     source: ImageSource
 
-    def __init__(
-        self,
-        source: ImageSource,
-        view: ViewConfig,
-        batch_size: int,
-        train: bool,
-        seed: int,
-        device: torch.device,
-        rank: int,
-        world_size: int,
-        workers: int,
-    ) -> None:
-        super().__init__(source, view, batch_size, train, seed, device, rank, world_size)
+    def __init__(self, source: ImageSource, cutting: Cutting, share: Share, workers: int) -> None:
+        super().__init__(source, cutting, share)
         self.workers = workers
 
     def epoch(self, epoch: int = 0, start: int = 0) -> Iterator[Batch]:
@@ -222,24 +200,18 @@ def make_loader(
             f"{source.name} has images of {source.channels} channel(s), which cannot become the "
             f"{view.channels} that are needed here: only 1 and 3 are converted into each other."
         )
+    cutting = Cutting(view, train if crops is None else crops, seed, augment)
+    share = Share(batch_size, train, device, rank, world_size)
     readers = min(8, os.cpu_count() or 1) if workers is None else workers
     if isinstance(source, StreamSource):
         if resident:
             raise InputError(f"{source.name} is a stream, which is not kept in memory: leave out --resident.")
-        streamed = StreamLoader(source, view, batch_size, train, seed, device, rank, world_size, readers)
-        return _cutting(streamed, crops, augment)
-    common = (source, view, batch_size, train, seed, device, rank, world_size)
+        return StreamLoader(source, cutting, share, readers)
     if resident or (resident is None and workers is None and source.common_size is not None):
         images = _residents(source, device, must=bool(resident))
         if images is not None:
-            return _cutting(ResidentLoader(*common, images), crops, augment)
-    return _cutting(WorkerLoader(*common, readers), crops, augment)
-
-
-def _cutting(loader: Loader, crops: bool | None, augment: Augment | None) -> Loader:
-    loader.crops = loader.train if crops is None else crops
-    loader.augment = augment
-    return loader
+            return ResidentLoader(source, cutting, share, images)
+    return WorkerLoader(source, cutting, share, readers)
 
 
 def _residents(source: ImageSource, device: torch.device, must: bool) -> Shaped[Tensor, "n c h w"] | None:

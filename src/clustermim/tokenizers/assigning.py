@@ -359,7 +359,7 @@ class _Table:
             yield scores, least, torch.where(sure, bits, -1)
 
     def _products(self, rows: Tensor) -> Tensor:
-        """Of all centroids with rows: (padded K, m)."""
+        """Of all centroids with rows: (padded K, m). oneDNN takes memory of its own and is the faster for all that."""
         if not self.coarse and rows.device.type == "cpu":
             return linear(self._columns, rows)
         return torch.mm(self._columns, rows.t(), out=self.room("scores", len(self._columns), len(rows)))

@@ -11,12 +11,11 @@ from jaxtyping import Int64
 from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
-from clustermim.data.batches import Batch, Loader, leave_signals, reading
+from clustermim.data.batches import Batch, Cutting, Loader, Share, leave_signals, reading
 from clustermim.data.checking import MOST_BAD
 from clustermim.data.streaming.order import EpochOrder
 from clustermim.data.streaming.shards import Sample
 from clustermim.data.streaming.source import StreamSource
-from clustermim.data.views import ViewConfig
 from clustermim.errors import ClusterMIMError, InputError
 
 _AHEAD = 4  # parts of batches that a reading process has ready
@@ -52,20 +51,9 @@ class StreamLoader(Loader):
 
     source: StreamSource
 
-    def __init__(
-        self,
-        source: StreamSource,
-        view: ViewConfig,
-        batch_size: int,
-        train: bool,
-        seed: int,
-        device: torch.device,
-        rank: int,
-        world_size: int,
-        workers: int,
-    ) -> None:
-        super().__init__(source, view, batch_size, train, seed, device, rank, world_size)
-        most = source.order.lanes_of(source.counts) if train else 8 if source.shards.local else 1
+    def __init__(self, source: StreamSource, cutting: Cutting, share: Share, workers: int) -> None:
+        super().__init__(source, cutting, share)
+        most = source.order.lanes_of(source.counts) if self.train else 8 if source.shards.local else 1
         self.workers = min(workers, most)
         self._seen = 0
         self._bad: dict[str, str] = {}
@@ -151,15 +139,14 @@ class _Reader(IterableDataset[Any]):
     """The parts of all batches that this process is to bring; runs in the workers."""
 
     def __init__(self, loader: StreamLoader, epoch: int, start: int) -> None:
-        self.source, self.cutting, self.crops = loader.source, loader.cutting, loader.crops
-        self.number, self.start, self.train = epoch, start, loader.train
-        self.loader = loader
+        self.loader, self.source, self.cutting = loader, loader.source, loader.cutting
+        self.number, self.start = epoch, start
 
     def __iter__(self) -> Iterator[Part | ClusterMIMError]:
         info = get_worker_info()
         worker, workers = (0, 1) if info is None else (info.id, info.num_workers)
         try:
-            yield from (self._lanes if self.train else self._turns)(worker, workers)
+            yield from (self._lanes if self.loader.train else self._turns)(worker, workers)
         except ClusterMIMError as problem:
             yield problem  # raised through the worker it would arrive as a traceback
 
