@@ -102,8 +102,8 @@ class Answers:
 def answer(findings: Findings) -> Answers:
     """All answers that the findings allow."""
     ranked, pairs, sweeps = [], [], []
-    for data, judged_on in dict.fromkeys((row.data, row.judged_on) for row in findings.runs):
-        runs = [row for row in findings.runs if (row.data, row.judged_on) == (data, judged_on) and row.accuracy]
+    for data, judged_on in findings.judgements:
+        runs = [row for row in findings.runs_on(data, judged_on) if row.accuracy]
         for protocol in findings.protocols:
             judged = [row for row in runs if protocol in row.accuracy]
             ranked += _rank(findings, judged, data, judged_on, protocol)

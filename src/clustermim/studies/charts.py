@@ -139,7 +139,7 @@ def widest(answers: Answers, data: str, judged_on: str, protocol: str) -> list[R
 def paper_figures(findings: Findings, answers: Answers) -> dict[str, Figure]:
     """Name of the file -> figure."""
     found: dict[str, Figure] = {}
-    for data, judged_on in dict.fromkeys((row.data, row.judged_on) for row in findings.runs):
+    for data, judged_on in findings.judgements:
         stem = data if data == judged_on else f"{data}-{judged_on}"
         chart = accuracy_chart(findings, data, judged_on)
         if chart is not None:

@@ -99,6 +99,15 @@ class Findings:
     seconds: float
     """Of all finished pieces together."""
 
+    @property
+    def judgements(self) -> list[tuple[str, str]]:
+        """Data that was trained on, with data that the encoders were judged on: each pair once."""
+        return list(dict.fromkeys((row.data, row.judged_on) for row in self.runs))
+
+    def runs_on(self, data: str, judged_on: str) -> list[RunRow]:
+        """The encoders of one such pair."""
+        return [row for row in self.runs if (row.data, row.judged_on) == (data, judged_on)]
+
     def scores_of(self, row: RunRow) -> Mapping[str, float]:
         """The scores that speak of what an encoder predicts; none where nothing was scored."""
         return next((t.scores for t in self.tokens if t.data == row.data and t.name == row.scored_as), {})
@@ -125,6 +134,11 @@ class Findings:
             plain = {k: v for k, v in vars(f).items() if k != "accuracy"}
             found.append({"row": "floor", **plain, **f.accuracy})
         return found
+
+
+def test_images_of(rows: Sequence[RunRow]) -> int | None:
+    """On how many images encoders that are judged on the same data were judged; None where none was."""
+    return next((row.test_images for row in rows if row.test_images), None)
 
 
 def collect(plan: Plan, folder: StudyFolder, recipe: Recipe) -> Findings:

@@ -47,7 +47,7 @@ def build_report(
         Versions and hardware.
     """
     page = Page(findings.title, lead=headline(findings, answers))
-    pairs = list(dict.fromkeys((row.data, row.judged_on) for row in findings.runs))
+    pairs = findings.judgements
     _targets(page.section("Which target to pretrain on"), findings, recipe, pairs)
     if any(row.accuracy for row in findings.runs) and any(token.scores for token in findings.tokens):
         add_scores(page.section("Did a score foretell it?"), findings, answers, pairs)

@@ -114,7 +114,7 @@ def _ranked_row(row: dict[str, Any]) -> dict[str, Any]:
 
 
 def _points(findings: Findings, data: str, judged_on: str) -> list[ScatterPoint]:
-    runs = [row for row in findings.runs if (row.data, row.judged_on) == (data, judged_on) and row.accuracy]
+    runs = [row for row in findings.runs_on(data, judged_on) if row.accuracy]
     names = {row.name for row in main_setting(runs)}
     points = []
     for one in summaries(findings):

@@ -35,7 +35,7 @@ def findings_tables(findings: Findings) -> Group:
 def _encoders(findings: Findings) -> Table:
     score = leading([t.scores for t in findings.tokens])
     table = Table(title=f"{findings.title}: test accuracy in %", title_justify="left")
-    several = len({(row.data, row.judged_on) for row in findings.runs}) > 1
+    several = len(findings.judgements) > 1
     for title in (["data"] if several else []) + ["target"]:
         table.add_column(title, no_wrap=True)
     for title in ("seed", score.title, "lr", "validation", *map(protocol_title, findings.protocols)):

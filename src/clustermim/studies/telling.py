@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from clustermim.studies.answers import CHOICES, Answers, Pair, by_cell, main_setting
-from clustermim.studies.collecting import Findings, RunRow
+from clustermim.studies.collecting import Findings, RunRow, test_images_of
 from clustermim.studies.correlating import Correlation, foreseen_pairs, noise
 from clustermim.studies.scores import leading
 
@@ -83,9 +83,9 @@ def floor_sentences(findings: Findings) -> tuple[list[str], list[str]]:
         Where encoders are clearly above every floor.
     """
     warned, fine = [], []
-    for data, judged_on in dict.fromkeys((row.data, row.judged_on) for row in findings.runs):
-        here = [row for row in findings.runs if (row.data, row.judged_on) == (data, judged_on)]
-        images = next((row.test_images for row in here if row.test_images), None)
+    for data, judged_on in findings.judgements:
+        here = findings.runs_on(data, judged_on)
+        images = test_images_of(here)
         for protocol in findings.protocols:
             means = {name: float(np.mean(values)) for name, values in by_cell(here, protocol).items()}
             floors = {
@@ -126,9 +126,9 @@ def prediction_sentences(findings: Findings, answers: Answers) -> list[str]:
         if (one.score, one.protocol, one.scope) != (score, "linear", CHOICES) or one.regret is None:
             continue
         r = one.regret
-        here = [row for row in findings.runs if (row.data, row.judged_on) == (one.data, one.judged_on)]
+        here = findings.runs_on(one.data, one.judged_on)
         best = float(np.mean(by_cell(here, "linear")[r.best]))
-        images = next((row.test_images for row in here if row.test_images), None)
+        images = test_images_of(here)
         if r.points == 0:
             right = "which it is"
         elif images is not None and r.points <= 100 * noise(best, images):
@@ -137,8 +137,8 @@ def prediction_sentences(findings: Findings, answers: Answers) -> list[str]:
             right = f"but {r.best} is, by {r.points:.1f} points: the prediction **failed**"
         place = where(one.data, one.judged_on)
         told.append(f"{opening(score.title)} foretold that {r.picked} would be best on {place}, {right}.")
-    for data, judged_on in dict.fromkeys((row.data, row.judged_on) for row in findings.runs):
-        runs = [row for row in findings.runs if (row.data, row.judged_on) == (data, judged_on) and row.accuracy]
+    for data, judged_on in findings.judgements:
+        runs = [row for row in findings.runs_on(data, judged_on) if row.accuracy]
         told += [s for protocol in findings.protocols if (s := _pairs_sentence(findings, runs, protocol))]
     return told
 
@@ -148,7 +148,7 @@ def _pairs_sentence(findings: Findings, judged: Sequence[RunRow], protocol: str)
     score = leading([t.scores for t in findings.tokens])
     runs = [row for row in main_setting(judged) if protocol in row.accuracy]
     values = {row.name: found for row in runs if (found := findings.scores_of(row).get(score.key)) is not None}
-    images = next((row.test_images for row in runs if row.test_images), None)
+    images = test_images_of(runs)
     means: Mapping[str, float] = {name: float(np.mean(found)) for name, found in by_cell(runs, protocol).items()}
     right, wrong, close = foreseen_pairs(values, means, images, higher=score.higher)
     total = right + wrong + close
