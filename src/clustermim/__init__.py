@@ -36,6 +36,8 @@ _API = {
     "import_checkpoint": "clustermim.verbs.import_file",
     "demo": "clustermim.studies.demo_command",
     "study": "clustermim.studies.command",
+    "pack_study": "clustermim.studies.packing_commands",
+    "unpack_study": "clustermim.studies.packing_commands",
 }
 
 __all__ = [
@@ -58,6 +60,7 @@ __all__ = [
     "make_loader",
     "open_encoder",
     "open_source",
+    "pack_study",
     "pretrain",
     "probe",
     "score_tokens",
@@ -66,6 +69,7 @@ __all__ = [
     "study",
     "tcas",
     "tokenize",
+    "unpack_study",
 ]
 
 if TYPE_CHECKING:
@@ -79,6 +83,7 @@ if TYPE_CHECKING:
     from clustermim.scoring.tcas import TokenScore, score_tokens
     from clustermim.studies.command import study
     from clustermim.studies.demo_command import demo
+    from clustermim.studies.packing_commands import pack_study, unpack_study
     from clustermim.tokenizers.tokenizer import Tokenizer, load_tokenizer
     from clustermim.verbs.embed_images import embed
     from clustermim.verbs.export_run import export_encoder

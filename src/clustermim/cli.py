@@ -27,6 +27,11 @@ _VERBS = {
         "studies.command:study",
         "A grid of targets scored, trained, judged: which one, and did a score foretell it?",
     ),
+    "study-pack": (
+        "studies.packing_commands:pack_study",
+        "What a study found so far in one small file, without the weights.",
+    ),
+    "study-unpack": ("studies.packing_commands:unpack_study", "Put such a file into a folder, to go on from there."),
     "tokenize": ("verbs.tokenize_images:tokenize", "Write the token ids of every image of a data set."),
     "tcas": ("verbs.score:tcas", "Score tokenizers with labelled images, before any training."),
     "graph": ("verbs.graph_spectrum:graph", "The augmentation graph of masked images, with tokens and without."),

@@ -20,6 +20,7 @@ from clustermim.studies.collecting import collect
 from clustermim.studies.command import study
 from clustermim.studies.doing import Bench
 from clustermim.studies.folder import StudyFolder
+from clustermim.studies.states import states_of
 from clustermim.studies.working import work
 from clustermim.tokenizers.tokenizer import load_tokenizer
 from clustermim.training.launch import StopRequest, listen_for_stop
@@ -55,7 +56,7 @@ def done(source: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, .
 
 def test_every_piece_is_done_once_and_predictions_come_first(done: tuple[Any, ...]) -> None:
     _, _, plan, folder = done
-    assert set(folder.states(plan).values()) == {"done"}
+    assert set(states_of(plan, folder).values()) == {"done"}
     assert sorted(begun(folder)) == sorted(plan.pieces)
     events = [(row["event"], plan.pieces[row["piece"]].kind) for row in folder.journal()]
     assert events.index(("end", "predict")) < events.index(("begin", "pretrain"))
@@ -144,7 +145,7 @@ def test_images_without_labels_are_scored_and_trained_but_not_judged(tmp_path: P
     recipe, _, plan, folder = run_here(small_recipe(source, controls=["identity", "oracle"]), tmp_path / "s")
     found = collect(plan, folder, recipe)
     assert "has no labels" in " ".join(found.notes)
-    assert set(folder.states(plan).values()) == {"done"}
+    assert set(states_of(plan, folder).values()) == {"done"}
     assert {piece.kind for piece in plan.pieces.values()} == {"fit", "score", "predict", "pretrain"}
     assert all("view_agreement" in token.scores and "alignment" not in token.scores for token in found.tokens)
     assert all(row.lr is not None and row.run is not None and not row.accuracy for row in found.runs)
@@ -157,7 +158,7 @@ def test_second_round_tokens_wait_for_their_encoder_and_a_study_that_was_moved_i
     values = small_recipe(source, tokenizers=tokenizers, controls=[], floors=["bag-of-tokens:second"])
     here, there = tmp_path / "here", tmp_path / "elsewhere" / "there"
     _, _, plan, folder = run_here(values, here)
-    assert set(folder.states(plan).values()) == {"done"}
+    assert set(states_of(plan, folder).values()) == {"done"}
     second = next(token for token in plan.tokens if token.name == "second")
     fit = second.fit
     assert second.round == 2
@@ -203,7 +204,7 @@ def test_every_kind_of_cell_comes_to_an_end(source: Path, tmp_path: Path) -> Non
         floors=["raw-pixels", "random", "bag-of-tokens:pixel"],
     )
     recipe, _, plan, folder = run_here(values, tmp_path / "s")
-    assert set(folder.states(plan).values()) == {"done"}
+    assert set(states_of(plan, folder).values()) == {"done"}
     found = collect(plan, folder, recipe)
     assert all(row.accuracy for row in found.runs)
     assert next(row for row in found.runs if row.name == "hog").accuracy.keys() == {"knn", "linear", "finetune"}
@@ -256,7 +257,7 @@ def test_a_stop_between_pieces_is_polite(source: Path, tmp_path: Path) -> None:
     folder.open("", plan)
     with pytest.raises(Stopped):
         work(Bench(plan=plan, folder=folder, sources=sources, device="cpu"), StopRequest(0.0))
-    assert set(folder.states(plan).values()) <= {"ready", "waiting"}
+    assert set(states_of(plan, folder).values()) <= {"ready", "waiting"}
 
 
 def test_a_piece_without_checkpoint_is_broken_off_and_repeated(
@@ -282,12 +283,12 @@ def test_a_piece_without_checkpoint_is_broken_off_and_repeated(
     with listen_for_stop() as stop, pytest.raises(Stopped):
         work(bench, stop)
     assert time.monotonic() - began < 30
-    states = folder.states(plan)
+    states = states_of(plan, folder)
     broken = [row["piece"] for row in folder.journal() if row["event"] == "stopped"]
     assert len(judged) == len(broken) == 1 and states[broken[0]] == "ready"
     monkeypatch.setattr(doing, "judge", real)
     work(bench, StopRequest())
-    assert set(folder.states(plan).values()) == {"done"}
+    assert set(states_of(plan, folder).values()) == {"done"}
     assert [begun(folder).count(piece) for piece in plan.pieces] == [1 + (p == broken[0]) for p in plan.pieces]
     assert folder.record(broken[0])["seconds"] < 30  # of the attempt that counts
 

@@ -60,6 +60,22 @@ def deciding_of(plan: Plan, piece: Piece) -> tuple[str, ...]:
     return tuple(other for other in piece.any_of if plan.pieces[other].data == first)
 
 
+def first_round_run(target: str, piece: Piece, plan: Plan, folder: StudyFolder) -> str:
+    """The chosen training of a target whose encoder the features of `piece`, a second-round fit, are made of."""
+    cell = next(c for c in plan.cells if c.data == piece.data and c.settings["named"] == target)
+    runs = {trial.pretrain for trial in cell.trials}
+    own = [o for o in piece.any_of if o in runs or set(plan.pieces[o].needs) & runs]
+    return choose_trial(plan, folder, tuple(own)).pretrain
+
+
+def judged_run(piece: Piece, plan: Plan, folder: StudyFolder) -> str:
+    """The training that a probe or fine-tuning judges: the best trial of the cell, or the one it was planned for."""
+    if piece.any_of:
+        return choose_trial(plan, folder, deciding_of(plan, piece)).pretrain
+    first = plan.pieces[piece.needs[0]]
+    return first.id if first.kind == "pretrain" else first.needs[0]
+
+
 def select_for(plan: Plan, piece: Piece, run: str) -> str:
     """The select of a run on the data set that `piece` judges on."""
     for other in (*piece.needs, *piece.any_of):

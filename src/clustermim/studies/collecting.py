@@ -10,6 +10,7 @@ from clustermim.studies.folder import State, StudyFolder
 from clustermim.studies.pieces import Cell, Plan, Run
 from clustermim.studies.recipe import CompareSettings, Recipe
 from clustermim.studies.scores import BY_KEY
+from clustermim.studies.states import states_of, why
 
 FINETUNED = "finetune"
 
@@ -143,10 +144,10 @@ def test_images_of(rows: Sequence[RunRow]) -> int | None:
 
 def collect(plan: Plan, folder: StudyFolder, recipe: Recipe) -> Findings:
     """Read what there is; what is missing is there with its reason."""
-    states = folder.states(plan)
+    states = states_of(plan, folder)
     predictions = [folder.result(i) for i, p in plan.pieces.items() if p.kind == "predict" and states[i] == "done"]
     failures = [
-        {"kind": plan.pieces[i].kind, "name": plan.pieces[i].name, "reason": folder.why(plan, states, i)}
+        {"kind": plan.pieces[i].kind, "name": plan.pieces[i].name, "reason": why(plan, folder, states, i)}
         for i, state in states.items()
         if state == "failed"
     ]
@@ -180,7 +181,7 @@ class _Gatherer:
         return float(self.record(identity)["seconds"]) if self.states[identity] == "done" else 0.0
 
     def why(self, identity: str) -> str:
-        return self.folder.why(self.plan, self.states, identity)
+        return why(self.plan, self.folder, self.states, identity)
 
     def tokens(self) -> list[TokenRow]:
         rows = []

@@ -27,6 +27,7 @@ from clustermim.studies.planning import make_plan
 from clustermim.studies.ranks import local_place, standing_alone
 from clustermim.studies.reading import read_recipe
 from clustermim.studies.recipe import parse_recipe
+from clustermim.studies.states import perhaps_remade, remade, states_of
 from clustermim.studies.supervising import Crew, supervise, write_recipe
 from clustermim.studies.tables import findings_tables
 from clustermim.studies.writing import write_findings
@@ -56,6 +57,8 @@ class StudyResult:
     cost: Cost | None = field(default=None, repr=False)
     jobs: int = 1
     states: Mapping[str, str] = field(default_factory=dict, repr=False)
+    remarks: Sequence[str] = ()
+    """On work that is done again."""
 
     @property
     def failed(self) -> int:
@@ -106,7 +109,7 @@ class StudyResult:
             f"About {duration(total)} of work, so about {duration(total / self.jobs)} with --jobs {self.jobs}; a rough "
             f"guess from {self.cost.rate / 1e9:,.0f} billion operations a second, measured in a few training steps."
         ]
-        return Group(table, cells, *(Text(line) for line in [*lines, *self.plan.notes]))
+        return Group(table, cells, *(Text(line) for line in [*lines, *self.remarks, *self.plan.notes]))
 
 
 def study(
@@ -189,17 +192,19 @@ def study(
     count = jobs or (1 if local_place() is not None else gpus or min(4, os.cpu_count() or 1))
     with standing_alone():
         cost = estimate_cost(plan, sources, folder, device=device, threads=max(1, (os.cpu_count() or 1) // count))
+    states: Mapping[str, Any] = states_of(plan, folder)
+    remarks = _on_lost_products(plan, folder, states)
     if dry_run:
-        return StudyResult(out=None, plan=plan, cost=cost, jobs=count, states=folder.states(plan))
+        return StudyResult(out=None, plan=plan, cost=cost, jobs=count, states=states, remarks=remarks)
     check_space(cost, folder, plan, count)
     text = yaml.safe_dump(values, sort_keys=False, allow_unicode=True)
     folder.open(text, plan)
     if retry_failed:
         folder.forget_failures(plan)
     console = Console(stderr=True)
-    for note in plan.notes:
+    for note in [*remarks, *plan.notes]:
         console.print(f"Note: {note}", markup=False, highlight=False)
-    states: Mapping[str, Any] = folder.states(plan)
+    states = states_of(plan, folder)
     if not all(state in SETTLED for state in states.values()):
         file = write_recipe(folder, text, hashlib.sha256(text.encode()).hexdigest()[:10])
         crew = Crew(
@@ -220,6 +225,24 @@ def study(
     if json is not None:
         atomic_write(json, jsonlib.dumps(result.rows(), indent=1) + "\n")
     return result
+
+
+def _on_lost_products(plan: Plan, folder: StudyFolder, states: Mapping[str, Any]) -> list[str]:
+    """What a person must know where results came without tokenizers and encoders."""
+    again, perhaps = remade(plan, folder, states), perhaps_remade(plan, folder, states)
+    told = []
+    if again:
+        names = ", ".join(f"{plan.pieces[i].kind} of {plan.pieces[i].name}" for i in again[:3])
+        told.append(
+            f"Finished pieces that are made again: {len(again)}, because what is not finished reads their tokenizer or "
+            f"encoder, which is not here ({names}{', ...' if len(again) > 3 else ''})."
+        )
+    if perhaps:
+        told.append(
+            f"Trainings without their encoder: {len(perhaps)} more, each made again if its learning rate is the one "
+            "that is chosen."
+        )
+    return told
 
 
 def command_line(recipe: str, size: str | None, changes: Sequence[str]) -> str:

@@ -18,6 +18,7 @@ from clustermim.errors import InputError
 from clustermim.studies.folder import SETTLED, StudyFolder
 from clustermim.studies.opening import Sources
 from clustermim.studies.pieces import Cell, Piece, Plan
+from clustermim.studies.states import states_of
 from clustermim.training.launch import Device
 from clustermim.verbs.pretrain_encoder import pretrain
 
@@ -87,7 +88,7 @@ def check_space(cost: Cost, folder: StudyFolder, plan: Plan, jobs: int) -> None:
     parent = folder.path
     while not parent.exists():
         parent = parent.parent
-    states = folder.states(plan)
+    states = states_of(plan, folder)
     needed = sum(cost.bytes[i] for i, state in states.items() if state not in SETTLED) + jobs * cost.working
     free = shutil.disk_usage(parent).free
     if needed > free:

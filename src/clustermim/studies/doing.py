@@ -13,7 +13,7 @@ from urllib.parse import quote
 from clustermim.errors import InputError
 from clustermim.features.patches import make_features
 from clustermim.runs import atomic_write
-from clustermim.studies.choosing import choose_trial, deciding_of, places, select_for
+from clustermim.studies.choosing import choose_trial, first_round_run, judged_run, places, select_for
 from clustermim.studies.folder import StudyFolder
 from clustermim.studies.judging import judge, open_judged, validate
 from clustermim.studies.opening import Sources
@@ -84,10 +84,12 @@ def _fit(piece: Piece, bench: Bench, work: Path) -> dict[str, Any]:
     settings = {key: value for key, value in settings.items() if key not in learned}
     train, out, features = bench.sources.train(piece.data), work / "tokenizer", settings.get("features")
     if isinstance(features, str) and PLACEHOLDER.search(features):
+
+        def encoder_of(target: str) -> Path:
+            return bench.folder.piece(first_round_run(target, piece, bench.plan, bench.folder)) / "run"
+
         # Seen from the tokenizer's folder, an encoder has one name on every machine, wherever the study is moved.
-        named = PLACEHOLDER.sub(
-            lambda match: quote(os.path.relpath(_encoder_of(match[1], piece, bench), out), safe="/"), features
-        )
+        named = PLACEHOLDER.sub(lambda match: quote(os.path.relpath(encoder_of(match[1]), out), safe="/"), features)
         settings["features"] = make_features(named, patch_size=settings["patch_size"], view=train.view, base=out)
     tokenizer = fit_tokenizer(
         train,
@@ -99,15 +101,6 @@ def _fit(piece: Piece, bench: Bench, work: Path) -> dict[str, Any]:
         **settings,
     )
     return {key: value for key, value in tokenizer.rows()[0].items() if isinstance(value, str | int | float | bool)}
-
-
-def _encoder_of(target: str, piece: Piece, bench: Bench) -> Path:
-    """Folder of the chosen first-round encoder of a target."""
-    cell = next(c for c in bench.plan.cells if c.data == piece.data and c.settings["named"] == target)
-    runs = {trial.pretrain for trial in cell.trials}
-    own = [o for o in piece.any_of if o in runs or set(bench.plan.pieces[o].needs) & runs]
-    chosen = choose_trial(bench.plan, bench.folder, tuple(own))
-    return bench.folder.piece(chosen.pretrain) / "run"
 
 
 def _score(piece: Piece, bench: Bench, work: Path) -> dict[str, Any]:
@@ -212,26 +205,21 @@ def _probe(piece: Piece, bench: Bench, work: Path) -> dict[str, Any]:
         facts["validation"] = validate(encoder, train, how["protocols"], seed=how["seed"], device=bench.where)
         chosen = places(facts)
     else:
-        run, facts = _chosen_run(piece, bench)
+        run, facts = _judged(piece, bench)
         chosen = places(bench.folder.result(select_for(bench.plan, piece, run)))
         encoder = open_judged(str(bench.folder.piece(run) / "run"), train, bench.where)
     rows = judge(encoder, train, test, chosen, seed=how["seed"], device=bench.where)
     return {**facts, "rows": rows}
 
 
-def _chosen_run(piece: Piece, bench: Bench) -> tuple[str, dict[str, Any]]:
-    """The run that a probe judges: the best trial of the cell, or the one that it was planned for."""
-    if piece.any_of:
-        choice = choose_trial(bench.plan, bench.folder, deciding_of(bench.plan, piece))
-        return choice.pretrain, {"run": choice.pretrain, "lr": choice.lr}
-    first = bench.plan.pieces[piece.needs[0]]
-    run = first.id if first.kind == "pretrain" else first.needs[0]
+def _judged(piece: Piece, bench: Bench) -> tuple[str, dict[str, Any]]:
+    run = judged_run(piece, bench.plan, bench.folder)
     return run, {"run": run, "lr": bench.folder.result(run)["lr"]}
 
 
 def _finetune(piece: Piece, bench: Bench, work: Path) -> dict[str, Any]:
     settings = {key: value for key, value in piece.settings.items() if key != "images"}
-    run, facts = _chosen_run(piece, bench)
+    run, facts = _judged(piece, bench)
     entry = bench.sources.entries[piece.data]
     out = work / "finetune"
     records = finetune(

@@ -26,7 +26,10 @@ from clustermim.studies.pieces import Piece, Plan
 State = Literal["done", "failed", "given up", "running", "ready", "waiting"]
 SETTLED = ("done", "failed", "given up")
 
-_RECIPE = "study.yaml"
+PRODUCTS: Mapping[str, str] = {"fit": "tokenizer/model.safetensors", "pretrain": "run/encoder.safetensors"}
+"""What pieces of a kind make for other pieces to read."""
+
+RECIPE = "study.yaml"
 
 
 class StudyFolder:
@@ -40,6 +43,7 @@ class StudyFolder:
 
     def __init__(self, path: Path) -> None:
         self.path = path.resolve()
+        self._whole: set[str] = set()
 
     def check(self, *, resume: bool) -> None:
         """Refuse, without touching anything, a folder that is not ours, or that holds a study without `resume`.
@@ -53,7 +57,7 @@ class StudyFolder:
             raise InputError(f"--out {self.path} is a file. Choose a folder that is empty or not there yet.")
         names = {entry.name for entry in self.path.iterdir()} if self.path.is_dir() else set()
         names = {name for name in names if not name.startswith(".partial-")}
-        if names and _RECIPE not in names:
+        if names and RECIPE not in names:
             raise InputError(
                 f"--out {self.path} is not empty and holds no study (found {sorted(names)[0]!r}). Nothing was touched; "
                 "choose another folder."
@@ -72,6 +76,18 @@ class StudyFolder:
         InputError
             It cannot be made.
         """
+        self.make()
+        atomic_write(self.path / RECIPE, recipe)
+        atomic_write(self.path / "plan.json", json.dumps(plan.to_dict(), indent=1))
+
+    def make(self) -> None:
+        """Make the folder.
+
+        Raises
+        ------
+        InputError
+            It cannot be made.
+        """
         try:
             for name in ("pieces", "work", "failures", "locks"):
                 (self.path / name).mkdir(parents=True, exist_ok=True)
@@ -79,8 +95,6 @@ class StudyFolder:
             raise InputError(
                 f"--out {self.path} cannot be made: {error.strerror or error}. Choose a folder you can write to."
             ) from None
-        atomic_write(self.path / _RECIPE, recipe)
-        atomic_write(self.path / "plan.json", json.dumps(plan.to_dict(), indent=1))
 
     def piece(self, identity: str) -> Path:
         """Where a finished piece is."""
@@ -123,32 +137,29 @@ class StudyFolder:
             return None
         return found if isinstance(found, dict) else None
 
-    def states(self, plan: Plan) -> dict[str, State]:
-        """The state of every piece, from one look at the folder."""
-        done, failed, held = self._names("pieces", ""), self._names("failures", ".json"), self._names("locks", ".lock")
-        states: dict[str, State] = {}
-        for identity, piece in plan.pieces.items():
-            if identity in done:
-                states[identity] = "done"
-            elif identity in failed:
-                states[identity] = "failed"
-            else:
-                states[identity] = _derived(piece, states, identity in held)
-        return states
+    def finished(self) -> set[str]:
+        """Pieces that have a result."""
+        return self._names("pieces", "")
 
-    def why(self, plan: Plan, states: Mapping[str, State], identity: str) -> str:
-        """Why a piece has no result, in words: its own failure, or that of the piece it was given up for."""
-        failure = self.failure(identity)
-        if failure is not None:
-            return str(failure["reason"])
-        piece = plan.pieces[identity]
-        for other in (*piece.needs, *piece.any_of):
-            if states[other] in ("failed", "given up"):
-                return (
-                    f"given up, because {plan.pieces[other].kind} of {plan.pieces[other].name} failed: "
-                    + (self.why(plan, states, other).rpartition("failed: ")[2])
-                )
-        return ""
+    def failed(self) -> set[str]:
+        """Pieces that failed."""
+        return self._names("failures", ".json")
+
+    def held(self) -> set[str]:
+        """Pieces that a process is at work on, or was when it died."""
+        return self._names("locks", ".lock")
+
+    def whole(self, piece: Piece) -> bool:
+        """Whether a finished piece still has what other pieces read of it, besides its result.
+
+        Results travel without tokenizers and encoders, and these may be deleted to save room. Once found it is not
+        looked for again by this object.
+        """
+        if piece.id not in self._whole and (file := PRODUCTS.get(piece.kind)) is not None:
+            if not (self.piece(piece.id) / file).exists():
+                return False
+            self._whole.add(piece.id)
+        return True
 
     def _names(self, folder: str, suffix: str) -> set[str]:
         with contextlib.suppress(OSError):
@@ -160,16 +171,17 @@ class StudyFolder:
         return set()
 
     @contextlib.contextmanager
-    def claim(self, identity: str) -> Iterator[Lease | None]:
+    def claim(self, piece: Piece) -> Iterator[Lease | None]:
         """Hold a piece, or get None where another process holds it or has settled it meanwhile."""
-        lease = Lease(self.path / "locks" / f"{identity}.lock")
+        lease = Lease(self.path / "locks" / f"{piece.id}.lock")
         try:
             lease.acquire()
         except InputError:
             yield None
             return
         try:
-            settled = self.piece(identity).exists() or self.failure(identity) is not None
+            finished = self.piece(piece.id).exists() and self.whole(piece)
+            settled = finished or self.failure(piece.id) is not None
             yield None if settled else lease
         finally:
             lease.release()
@@ -186,18 +198,31 @@ class StudyFolder:
         return work
 
     def finish(self, identity: str, record: Mapping[str, Any], lease: Lease) -> None:
-        """Put a piece in its place: the last step, and one step."""
+        """Put a piece in its place: the last step, and one step, but where a piece without product stands there."""
         lease.confirm()
         work = self.work(identity)
         atomic_write(work / "result.json", json.dumps(record, indent=1))
         (work / "home.txt").unlink(missing_ok=True)
-        try:
-            work.rename(self.piece(identity))
-        except OSError as error:
-            raise ResourceError(
-                f"{self.piece(identity)} could not be put in place: {error.strerror or error}."
-            ) from error
+        self.put(work, identity)
         self.note("end", identity)
+
+    def put(self, made: Path, identity: str) -> None:
+        """Move a folder with a finished piece to its place, instead of what stands there.
+
+        Raises
+        ------
+        ResourceError
+            The system does not let it.
+        """
+        place, aside = self.piece(identity), self.path / "work" / f".old-{identity}"
+        try:
+            if place.exists():
+                shutil.rmtree(aside, ignore_errors=True)
+                place.rename(aside)
+            made.rename(place)
+        except OSError as error:
+            raise ResourceError(f"{place} could not be put in place: {error.strerror or error}.") from error
+        shutil.rmtree(aside, ignore_errors=True)
 
     def fail(self, identity: str, error: BaseException) -> None:
         """Keep the reason of a failure."""
@@ -230,7 +255,9 @@ class StudyFolder:
     def forget_failures(self, plan: Plan) -> int:
         """Let failed pieces be tried again, and drop what was chosen while they were missing; how many had failed."""
         failed = [identity for identity in plan.pieces if self.failure(identity) is not None]
-        stale = set(failed)
+        stale = {
+            identity for identity in failed if not self.piece(identity).exists()
+        }  # others have a result to choose by
         for identity, piece in plan.pieces.items():
             if identity not in stale and stale & {*piece.any_of, *piece.needs}:
                 stale.add(identity)
@@ -239,18 +266,6 @@ class StudyFolder:
             shutil.rmtree(self.work(identity), ignore_errors=True)
             (self.path / "failures" / f"{identity}.json").unlink(missing_ok=True)
         return len(failed)
-
-
-def _derived(piece: Piece, states: Mapping[str, State], held: bool) -> State:
-    """The state of a piece that is neither done nor failed; the pieces it waits for stand before it."""
-    before = [states[other] for other in piece.waits_for]
-    if any(states[other] in ("failed", "given up") for other in piece.needs):
-        return "given up"
-    if piece.any_of and all(states[other] in ("failed", "given up") for other in piece.any_of):
-        return "given up"
-    if any(state not in SETTLED for state in before):
-        return "waiting"
-    return "running" if held else "ready"
 
 
 def _signature() -> dict[str, Any]:

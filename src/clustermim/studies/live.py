@@ -10,6 +10,7 @@ from rich.text import Text
 
 from clustermim.studies.folder import SETTLED, State, StudyFolder
 from clustermim.studies.pieces import Piece, Plan
+from clustermim.studies.states import why
 from clustermim.training.progress import duration
 
 TITLES = {
@@ -48,7 +49,7 @@ def progress_table(
         table.add_row(TITLES[kind], *(str(n) if n else "" for n in (*counts.values(), to_do)))
     lines = [Text(_now(folder, plan.pieces[i])) for i, s in states.items() if s == "running"]
     lines += [
-        Text(f"failed: {plan.pieces[i].kind} of {plan.pieces[i].name}: {folder.why(plan, states, i)}", style="red")
+        Text(f"failed: {plan.pieces[i].kind} of {plan.pieces[i].name}: {why(plan, folder, states, i)}", style="red")
         for i, s in states.items()
         if s == "failed"
     ]

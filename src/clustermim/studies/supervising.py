@@ -20,6 +20,7 @@ from clustermim.studies.folder import SETTLED, State, StudyFolder
 from clustermim.studies.live import progress_table
 from clustermim.studies.pieces import Plan
 from clustermim.studies.ranks import local_place, without_ranks
+from clustermim.studies.states import states_of, why
 from clustermim.training.launch import StopRequest
 
 _LOOK = 0.5  # seconds between two looks at the folder
@@ -119,7 +120,7 @@ def supervise(crew: Crew, stop: StopRequest, estimate: Mapping[str, float]) -> d
     """
     console = Console(stderr=True)
     folder, plan = crew.folder, crew.plan
-    told: set[str] = {i for i, s in folder.states(plan).items() if s in SETTLED}
+    told: set[str] = {i for i, s in states_of(plan, folder).items() if s in SETTLED}
     with ExitStack() as stack:
         stack.callback(crew.end)
         for place in range(crew.jobs):
@@ -128,7 +129,7 @@ def supervise(crew: Crew, stop: StopRequest, estimate: Mapping[str, float]) -> d
         if live is not None:
             stack.enter_context(live)
         while True:
-            states = folder.states(plan)
+            states = states_of(plan, folder)
             if live is not None:
                 live.update(progress_table(folder, plan, states, estimate, crew.jobs))
             else:
@@ -153,7 +154,7 @@ def _tell(console: Console, folder: StudyFolder, plan: Plan, states: Mapping[str
         piece = plan.pieces[identity]
         line = f"[{number}/{len(plan.pieces)}] {states[identity]}: {piece.kind} of {piece.name}"
         if states[identity] != "done":
-            line += f": {folder.why(plan, states, identity)}"
+            line += f": {why(plan, folder, states, identity)}"
         console.print(line, markup=False, highlight=False, soft_wrap=True)
     return new
 

@@ -20,6 +20,7 @@ from clustermim.runs import environment_facts
 from clustermim.studies.doing import Bench, do_piece, write_predictions
 from clustermim.studies.folder import SETTLED
 from clustermim.studies.pieces import Piece
+from clustermim.studies.states import states_of
 from clustermim.training.launch import StopRequest
 
 _REPEATED = frozenset({"score", "select", "probe"})
@@ -56,13 +57,13 @@ def work(
     while True:
         if stop.reason is not None:
             raise Stopped(f"Stopped {stop.reason}; the same command with --resume continues.")
-        states = bench.folder.states(bench.plan)
+        states = states_of(bench.plan, bench.folder)
         if all(state in SETTLED for state in states.values()):
             return
         # A piece that counts as running may have lost its process: who tries to claim it finds out.
         open_ = [i for i, s in states.items() if s == "ready"] + [i for i, s in states.items() if s == "running"]
         for identity in open_:
-            with bench.folder.claim(identity) as lease:
+            with bench.folder.claim(bench.plan.pieces[identity]) as lease:
                 if lease is not None:
                     _do(bench.plan.pieces[identity], bench, stop, lease, facts, capture, tell)
                     break
