@@ -183,8 +183,8 @@ def _marked(text: str) -> str:
 
 
 def _command(line: str) -> str:
-    """A command whose options are not broken at their hyphens, where it takes several lines."""
-    return re.sub(r"(?<=\s)(--?[\w-]+)", r'<span class="whole">\1</span>', html.escape(line))
+    """A command that is broken between its options, where it takes several lines, and in them only where it must be."""
+    return re.sub(r"(?<=\s)(--?[\w-]+(?: (?!-)\S+)?)", r'<span class="whole">\1</span>', html.escape(line))
 
 
 def _folded(part: str, heading: str) -> str:

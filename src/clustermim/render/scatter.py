@@ -79,8 +79,8 @@ select,input[type=search]{font:inherit;color:var(--ink);background:var(--panel);
 .scatter .mark{cursor:pointer;outline:none}
 .scatter .mark:focus,.scatter .mark:hover{stroke:var(--ink);stroke-width:2.5}
 .scatter .told{min-height:3em;font-size:.9rem;margin:.4rem 0 0}
-.filter{margin:1rem 0 -.6rem}.filter label{display:inline-flex;gap:.2rem .5rem;align-items:center}
-.filter{align-items:center}.filter input{min-width:4rem;width:16rem;flex-shrink:1}
+.filter{margin:1rem 0 -.6rem}.filter label{display:inline-flex;gap:.2rem .5rem;align-items:center;white-space:nowrap}
+.filter{align-items:center}.filter input{min-width:4rem;width:100%;max-width:16rem}
 @media (max-width:40rem){.scatter text{font-size:16px}}
 @media print{.scatter .choices,.filter,.scatter .told{display:none}}
 """

@@ -60,7 +60,7 @@ caption{text-align:left;padding:0 0 .5rem;caption-side:top}
 caption span{display:block;position:sticky;left:0;width:min(42rem,100vw - 3rem)}
 th,td{padding:.34rem .7rem;text-align:right;border-bottom:1px solid var(--rule);vertical-align:baseline;
  white-space:nowrap}
-th.text,td.text{text-align:left}
+th.text,td.text{text-align:left}.number+.text{padding-left:1.4rem}
 tbody th{font-weight:500;text-align:left;position:sticky;left:0;background:var(--paper)}
 thead th{border-bottom:2px solid var(--rule);vertical-align:bottom;font-weight:600;white-space:normal;line-height:1.2}
 thead th:first-child{text-align:left;position:sticky;left:0;background:var(--paper)}
@@ -76,15 +76,19 @@ td small{color:var(--soft)}
 .commands li{margin:.9rem 0}
 .commands pre{margin:.25rem 0 0;padding:.7rem .9rem;background:var(--panel);border-radius:6px;white-space:pre-wrap;
  overflow-wrap:anywhere}
-.commands code{background:none;padding:0}.whole{white-space:nowrap}
+.commands code{background:none;padding:0}.whole{display:inline-block;max-width:100%}
 .facts{display:grid;grid-template-columns:max-content 1fr;gap:.2rem 1.2rem;font-size:.88rem;max-width:46rem}
 .facts dt{color:var(--soft)}.facts dd{margin:0;overflow-wrap:anywhere}
 @media (max-width:40rem){html{font-size:16px}.page{padding:1.5rem 1rem 3rem}h1{font-size:1.65rem}
  h2{margin-top:2.5rem}th,td{padding:.34rem .5rem}.facts{grid-template-columns:1fr;gap:0}.facts dd{margin-bottom:.4rem}
  .gallery img,.bar{max-width:none}.gallery img.framed{max-width:calc(100% - 6px)}
  tbody th:first-child{white-space:normal;min-width:7rem;max-width:9rem}}
-@media print{html{font-size:10.5pt}.page{max-width:none;padding:0}nav,.skip{display:none}
- h2{break-after:avoid}figure,table,.note,tr{break-inside:avoid}.scroll{overflow:visible;background:none}
+@media print{html{font-size:10pt}.page{max-width:none;padding:0}nav,.skip{display:none}
+ h2{break-after:avoid;margin-top:1.5rem}summary,caption,thead{break-after:avoid}
+ figure,.note,tr,.commands li{break-inside:avoid}figure:has(.gallery){break-inside:auto}
+ .scroll{overflow:visible;background:none}table{width:100%;font-size:7pt}caption span{width:auto}
+ th,td,tbody th:first-child{white-space:normal;padding:.2rem .25rem;position:static;min-width:0;max-width:none}
+ td.number{white-space:nowrap}td small{display:block}.chart svg{max-width:12cm}
  th button::after{content:none} *{print-color-adjust:exact;-webkit-print-color-adjust:exact}}
 """
 

@@ -18,7 +18,7 @@ from clustermim.studies.report_tokens import add_tokens
 from clustermim.studies.scores import leading
 from clustermim.studies.steps import step_commands
 from clustermim.studies.tables import protocol_title
-from clustermim.studies.telling import floor_sentences, headline, opening, pair_sentence, where
+from clustermim.studies.telling import floor_sentences, headline, moment, opening, pair_sentence, sweep_sentences, where
 from clustermim.training.progress import duration
 
 
@@ -54,7 +54,7 @@ def build_report(
     if answers.sweeps:
         axes = {"K": "vocabulary size", "mask ratio": "mask ratio"}
         swept = [words for axis, words in axes.items() if any(sweep.axis == axis for sweep in answers.sweeps)]
-        _sweeps(page.section(opening(" and ".join(swept))), answers)
+        _sweeps(page.section(opening(" and ".join(swept))), findings, answers)
     if answers.pairs:
         _pairs(page.section("The main comparison"), answers)
     if findings.tokens:
@@ -146,14 +146,17 @@ def _floors(findings: Findings) -> list[dict[str, Any]]:
     ]
 
 
-def _sweeps(section: Section, answers: Answers) -> None:
+def _sweeps(section: Section, findings: Findings, answers: Answers) -> None:
     for axis, words in (
-        ("K", "Accuracy against the size of the vocabulary. Dotted: targets without a vocabulary."),
+        ("K", "Accuracy against the size of the vocabulary. Broken lines: targets without a vocabulary."),
         ("mask ratio", "Accuracy against the share of patches that are hidden."),
     ):
         found = [sweep for sweep in answers.sweeps if sweep.axis == axis]
         if not found:
             continue
+        for sweep in found:
+            for sentence in sweep_sentences(findings, sweep):
+                section.paragraph(sentence)
         section.charts(
             *(
                 (
@@ -209,8 +212,8 @@ def _failures(section: Section, findings: Findings) -> None:
 
 def _making(section: Section, findings: Findings, recipe: Recipe, command: str, facts: Mapping[str, Any]) -> None:
     if findings.predictions:
-        written = ", ".join(f"{p['written']} ({p['data']}, round {p['round']})" for p in findings.predictions)
-        section.paragraph(f"Predictions were written at {written}.")
+        written = ", ".join(f"{moment(p['written'])} ({p['data']}, round {p['round']})" for p in findings.predictions)
+        section.paragraph(f"Predictions were written on {written}.")
     for note in findings.notes:
         section.paragraph(f"Note: {note}")
     data = " ".join(shlex.quote(entry.source) for entry in recipe.data.values())
@@ -225,9 +228,9 @@ def _making(section: Section, findings: Findings, recipe: Recipe, command: str, 
     section.facts(
         {
             "time": f"{duration(findings.seconds)} of all pieces together",
-            "hardware": "; ".join(facts["machines"]) or str(facts["hardware"]),
+            "hardware": "; ".join(facts["machines"]),
             "versions": versions,
-            "source": f"git {facts['git']}" if facts["git"] else "installed package",
+            **({"git revision of the working folder": facts["git"]} if facts["git"] else {}),
             "data": ", ".join(f"{entry.name}: {entry.source}" for entry in recipe.data.values()),
         }
     )

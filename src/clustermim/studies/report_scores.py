@@ -75,20 +75,24 @@ def _ranked_table(section: Section, ranked: Sequence[Ranked], says: str, *, fold
     if not ranked:
         return
     several = len({(one.data, one.judged_on) for one in ranked}) > 1
+    differ = several or bool(folded)
+    best = next((one.regret.best for one in ranked if one.regret is not None), None)
+    if not differ:
+        says += f" There are {ranked[0].correlation.cells}" + (f", and {best} is the best." if best else ".")
     section.table(
         [
             Column(key="score_title", title="score", kind="text"),
             *([Column(key="where", title="data", kind="text")] if several else []),
             *([Column(key="scope", title="targets", kind="text")] if folded else []),
             *([Column(key="protocol", title="by", kind="text")] if folded else []),
-            Column(key="cells", title="n", digits=0),
+            *([Column(key="cells", title="n", digits=0)] if differ else []),
             Column(key="spearman", title="Spearman", digits=2, low="spearman_low", high="spearman_high"),
             Column(key="kendall", title="Kendall", digits=2, low="kendall_low", high="kendall_high"),
             Column(key="points", title="regret, points", digits=2),
             Column(key="random_points", title="of a random pick", digits=2),
             Column(key="saved", title="compute saved, %", digits=0),
             Column(key="picked", title="picks", kind="text"),
-            Column(key="best", title="best", kind="text"),
+            *([Column(key="best", title="best", kind="text")] if differ else []),
         ],
         [_ranked_row(one.row()) for one in ranked],
         caption=f"{says} Regret: points of accuracy between the best target and the one that the score picks; compute "

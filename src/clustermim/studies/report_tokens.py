@@ -16,6 +16,7 @@ from clustermim.verbs.tokenizer_show import add_maps, add_vocabulary
 
 _PICTURED = 2000  # images that the pictures of tokens are looked for in
 _MOST_TOKENS = 200  # pictures of a vocabulary
+_GROWS = ("tcas_rows", "tcas_rows_crossfit")  # with K, whatever the tokens are
 
 
 def add_tokens(section: Section, findings: Findings, folder: StudyFolder, sources: Sources, recipe: Recipe) -> None:
@@ -49,7 +50,7 @@ def add_tokens(section: Section, findings: Findings, folder: StudyFolder, source
                 Column(
                     key=s.key,
                     title=s.title,
-                    best="max" if s.higher else "min",
+                    best=None if s.key in _GROWS else "max" if s.higher else "min",
                     low=f"{s.key}_low" if s.key == SCORES[0].key else None,
                     high=f"{s.key}_high" if s.key == SCORES[0].key else None,
                 )
@@ -59,7 +60,8 @@ def add_tokens(section: Section, findings: Findings, folder: StudyFolder, source
             Column(key="reason", title="missing because", kind="text", optional=True),
         ],
         rows,
-        caption="Scores of every tokenizer, known before training. Best in bold; controls, in grey, do not compete.",
+        caption="Scores of every tokenizer, known before training. Best in bold; controls, in grey, do not compete. "
+        "TCAS rows grows with K and can be compared at equal K only.",
         muted=[i for i, t in enumerate(findings.tokens) if t.control],
         filterable=True,
     )
@@ -76,8 +78,8 @@ def _pictures(section: Section, name: str, data: str, part: ImageSource, folder:
         section.paragraph(f"No pictures of `{name}`: {problem}")
         return
     section.paragraph(
-        f"**`{name}` on {data}**: {view.used} of {view.vocab_size:,} tokens occur in {view.images:,} images, as "
-        f"many as {view.perplexity:.0f} in even use."
+        f"**`{name}` on {data}**: {view.used:,} of {view.vocab_size:,} tokens occur in {view.images:,} images. They "
+        f"are used as unevenly as if there were {view.perplexity:,.0f} in even use (perplexity)."
     )
     add_maps(section, view)
     add_vocabulary(section, view, folded=f"The vocabulary of {name}")

@@ -16,6 +16,12 @@ class Score:
     labels: bool = True
     """Whether it takes labels."""
 
+    @property
+    def named(self) -> str:
+        """As a sentence names it: `cross-fitted alignment`, where a table has `alignment, cross-fitted`."""
+        what, comma, how = self.title.partition(", ")
+        return f"{how} {what}" if comma and how in ("cross-fitted", "plug-in") else self.title
+
 
 SCORES: tuple[Score, ...] = (
     Score("alignment_crossfit", "alignment, cross-fitted", True),

@@ -1,12 +1,13 @@
 """The answers of a study in words, computed from its figures: nothing here knows how they come out."""
 
 from collections.abc import Mapping, Sequence
+from datetime import datetime
 
 import numpy as np
 
-from clustermim.studies.answers import CHOICES, Answers, Pair, by_cell, main_setting
+from clustermim.studies.answers import CHOICES, Answers, Pair, Ranked, Sweep, by_cell, main_setting
 from clustermim.studies.collecting import Findings, RunRow, test_images_of
-from clustermim.studies.correlating import Correlation, foreseen_pairs, noise
+from clustermim.studies.correlating import FEWEST_RESAMPLED, Correlation, foreseen_pairs, noise
 from clustermim.studies.scores import leading
 
 WAYS = {"knn": "k-NN", "linear": "linear probe", "finetune": "fine-tuning", "fewshot": "few-shot"}
@@ -19,30 +20,101 @@ def where(data: str, judged_on: str) -> str:
 
 
 def headline(findings: Findings, answers: Answers) -> list[str]:
-    """The answer in a sentence or two, for the top of the page; computed, whichever way it comes out."""
+    """The answer in a few sentences, for the top of the page; computed, whichever way it comes out."""
     told = []
-    score = leading([t.scores for t in findings.tokens])
-    for one in answers.ranked:
-        if one.scope == CHOICES and one.protocol == "linear" and one.score == score:
-            c, r = one.correlation, one.regret
-            ends = (
-                ""
-                if c.spearman_low is None
-                else f", 95 % interval {_signed(c.spearman_low)} to {_signed(c.spearman_high)}"
-            )
-            verdict = _verdict(c)
-            told.append(
-                f"On {where(one.data, one.judged_on)}, {score.title} **{verdict}** the {c.cells} token targets by "
-                f"linear probe (Spearman {_signed(c.spearman)}{ends})"
-                + (f"; picking by it alone, without training, costs **{r.points:.1f} points**." if r else ".")
-            )
-    told += [pair_sentence(pair) for pair in answers.pairs if pair.protocol == "linear"]
+    for data, judged_on in findings.judgements:
+        told += _best_sentence(findings, data, judged_on)
+        told += [
+            _score_sentence(one, findings)
+            for one in answers.ranked
+            if (one.data, one.judged_on, one.scope, one.protocol) == (data, judged_on, CHOICES, "linear")
+            and one.score == leading([t.scores for t in findings.tokens])
+        ]
+        told += [
+            pair_sentence(pair)
+            for pair in answers.pairs
+            if (pair.data, pair.judged_on, pair.protocol) == (data, judged_on, "linear")
+        ]
     if not told and not any(row.accuracy for row in findings.runs):
         why = findings.failures[0]["reason"] if findings.failures else "the images have no labels."
         told.append(f"Nothing could be judged: {why}")
     if not told:
-        told.append("Too few targets came to an end to say whether a score ranks them.")
+        told.append("Too few targets came to an end to say which is best, or whether a score ranks them.")
     return told
+
+
+def _best_sentence(findings: Findings, data: str, judged_on: str) -> list[str]:
+    """Which target is best by linear probe, how surely, and whether a floor does as well; none for fewer than two."""
+    here = findings.runs_on(data, judged_on)
+    means = {name: float(np.mean(values)) for name, values in by_cell(here, "linear").items()}
+    if len(means) < 2:
+        return []
+    best = max(means, key=lambda name: means[name])
+    rows = [row for row in here if row.name == best and "linear" in row.accuracy]
+    if len(rows) > 1:
+        ends = sorted(row.accuracy["linear"] for row in rows)
+        sure = f" (mean of {len(rows)} seeds, {_percent(ends[0])} to {_percent(ends[-1])})"
+    elif "linear" in rows[0].intervals:
+        low, high = rows[0].intervals["linear"]
+        sure = f" (one seed, 95 % interval over test images {_percent(low)} to {_percent(high)})"
+    else:
+        sure = " (one seed)"
+    told = (
+        f"On {where(data, judged_on)}, **{best} comes first of {len(means)} targets** by linear probe, with "
+        f"{_percent(means[best])}{sure}."
+    )
+    images = test_images_of(here)
+    close = [] if images is None else [n for n, v in means.items() if n != best and _close(means[best], v, images)]
+    if close:
+        others = close[0] if len(close) == 1 else f"{len(close)} of the others"
+        others = "any of the others" if len(close) == len(means) - 1 > 1 else others
+        told += f" {images:,} test images cannot tell it from {others}."
+    floors = _floors_of(findings, data, judged_on, "linear")
+    top = max(floors, key=lambda name: floors[name], default=None)
+    if top is not None and floors[top] >= means[best]:
+        told += f" The floor `{top}`, which no pretraining has touched, reaches {_percent(floors[top])}."
+    return [told]
+
+
+def _score_sentence(one: Ranked, findings: Findings) -> str:
+    """How the leading score ranked what a person would choose among, and what picking by it costs."""
+    c, r = one.correlation, one.regret
+    place, name = where(one.data, one.judged_on), one.score.named
+    if c.spearman_low is None:
+        told = (
+            f"On {place}, whether {name} ranks the {c.cells} token targets **cannot be told**: their Spearman "
+            f"correlation with linear accuracy is {_signed(c.spearman)}, and an interval takes {FEWEST_RESAMPLED}"
+        )
+    else:
+        told = (
+            f"On {place}, {name} **{_verdict(c)}** the {c.cells} token targets by linear probe (Spearman "
+            f"{_signed(c.spearman)}, 95 % interval {_signed(c.spearman_low)} to {_signed(c.spearman_high)})"
+        )
+    if r is None:
+        return f"{told}."
+    here = findings.runs_on(one.data, one.judged_on)
+    images, best = test_images_of(here), float(np.mean(by_cell(here, "linear")[r.best]))
+    if r.points == 0:
+        return f"{told}; the target that it picks without training is the best of them."
+    doubt = ""
+    if images is not None and r.points <= 100 * noise(best, images):
+        doubt = f", less than {images:,} test images can tell"
+    return (
+        f"{told}; picking by it alone, without training, costs **{r.points:.1f} points**{doubt}. A random pick costs "
+        f"{r.random_points:.1f} on average."
+    )
+
+
+def _close(one: float, other: float, images: int) -> bool:
+    return abs(one - other) <= noise((one + other) / 2, images)
+
+
+def _floors_of(findings: Findings, data: str, judged_on: str, protocol: str) -> dict[str, float]:
+    return {
+        floor.name: floor.accuracy[protocol]
+        for floor in findings.floors
+        if (floor.data, floor.judged_on) == (data, judged_on) and protocol in floor.accuracy
+    }
 
 
 def _verdict(c: Correlation) -> str:
@@ -64,10 +136,14 @@ def pair_sentence(pair: Pair) -> str:
         clear = "clear of chance" if gap.low > 0 or (gap.high or 0) < 0 else "within chance"
         doubt = f" ({gap.pairs} paired seeds, 95 % interval {_signed(gap.low, 1)} to {_signed(gap.high, 1)}: {clear})"
     else:
-        doubt = "; one seed, so nobody knows how sure that is"
+        doubt = ", from one seed"
         if pair.test_images:
             chance = 100 * noise((pair.our_accuracy + pair.their_accuracy) / 2, pair.test_images)
-            doubt += f": {pair.test_images:,} test images alone leave ±{chance:.1f} points"
+            alone = f"{pair.test_images:,} test images alone leave ±{chance:.1f} points"
+            if abs(gap.points) <= chance:
+                doubt += f": **it may be chance**, for {alone}"
+            else:
+                doubt += f": that is more than chance among test images, for {alone}, but seeds may differ too"
     way = WAYS.get(pair.protocol, pair.protocol)
     return f"On {where(pair.data, pair.judged_on)}, {pair.ours} is **{points}** {pair.theirs}{among} by {way}{doubt}."
 
@@ -88,16 +164,12 @@ def floor_sentences(findings: Findings) -> tuple[list[str], list[str]]:
         images = test_images_of(here)
         for protocol in findings.protocols:
             means = {name: float(np.mean(values)) for name, values in by_cell(here, protocol).items()}
-            floors = {
-                floor.name: floor.accuracy[protocol]
-                for floor in findings.floors
-                if (floor.data, floor.judged_on) == (data, judged_on) and protocol in floor.accuracy
-            }
+            floors = _floors_of(findings, data, judged_on, protocol)
             if not means or not floors:
                 continue
             best, floor = max(means, key=lambda n: means[n]), max(floors, key=lambda n: floors[n])
             gap = means[best] - floors[floor]
-            clear = images is None or abs(gap) > noise((means[best] + floors[floor]) / 2, images)
+            clear = images is None or not _close(means[best], floors[floor], images)
             by = f"by {WAYS.get(protocol, protocol)} on {where(data, judged_on)}"
             ours, theirs = f"{best} reaches {_percent(means[best])}", f"the floor `{floor}` {_percent(floors[floor])}"
             apart = "" if clear else f" {images:,} test images cannot tell the two apart."
@@ -136,7 +208,7 @@ def prediction_sentences(findings: Findings, answers: Answers) -> list[str]:
         else:
             right = f"but {r.best} is, by {r.points:.1f} points: the prediction **failed**"
         place = where(one.data, one.judged_on)
-        told.append(f"{opening(score.title)} foretold that {r.picked} would be best on {place}, {right}.")
+        told.append(f"{opening(score.named)} foretold that {r.picked} would be best on {place}, {right}.")
     for data, judged_on in findings.judgements:
         runs = [row for row in findings.runs_on(data, judged_on) if row.accuracy]
         told += [s for protocol in findings.protocols if (s := _pairs_sentence(findings, runs, protocol))]
@@ -157,13 +229,40 @@ def _pairs_sentence(findings: Findings, judged: Sequence[RunRow], protocol: str)
     by = f"By {WAYS.get(protocol, protocol)} on {where(runs[0].data, runs[0].judged_on)}"
     uncalled = "" if images is None else f", and {close} too close to call on {images:,} test images"
     return (
-        f"{by}, of {total} pairs of targets that differ in {score.title}, {right} came out in the foreseen order, "
+        f"{by}, of {total} pairs of targets that differ in {score.named}, {right} came out in the foreseen order, "
         f"{wrong} in the opposite one{uncalled}."
     )
 
 
+def sweep_sentences(findings: Findings, sweep: Sweep) -> list[str]:
+    """Where each line of a sweep is highest, and what is lost elsewhere."""
+    told = []
+    images = test_images_of(findings.runs_on(sweep.data, sweep.judged_on))
+    by = f"By {WAYS.get(sweep.protocol, sweep.protocol)} on {where(sweep.data, sweep.judged_on)}"
+    for name, points in sweep.lines.items():
+        best, worst = max(points, key=lambda p: p.y), min(points, key=lambda p: p.y)
+        if best.y == worst.y:
+            continue
+        tokens = sweep.axis == "K"
+        subject = f"{name} tokens do" if tokens else f"{name} does"
+        at = {p: f"at K = {p.x:,.0f}" if tokens else f"with {p.x:.0%} hidden" for p in (best, worst)}
+        doubt = ""
+        if images is not None and _close(best.y, worst.y, images):
+            doubt = f"; {images:,} test images cannot tell these apart"
+        told.append(
+            f"{by}, {subject} best {at[best]} ({_percent(best.y)}) and worst {at[worst]} ({_percent(worst.y)}){doubt}."
+        )
+    return told
+
+
 def _signed(value: float | None, digits: int = 2) -> str:
     return "?" if value is None else f"{value:z.{digits}f}".replace("-", "−")
+
+
+def moment(text: str) -> str:
+    """A time as people write it, from ISO 8601."""
+    time = datetime.fromisoformat(text)
+    return f"{time.day} {time:%B %Y at %H:%M} {time.tzname() or ''}".rstrip()
 
 
 def opening(text: str) -> str:

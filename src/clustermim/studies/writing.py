@@ -63,8 +63,17 @@ def machines(plan: Plan, folder: StudyFolder) -> list[str]:
     for identity in plan.pieces:
         if folder.piece(identity).exists():
             hardware = folder.record(identity).get("made_by", {}).get("hardware", {})
-            found[", ".join(f"{key} {value}" for key, value in hardware.items())] = None
+            found[_machine(hardware)] = None
     return [one for one in found if one]
+
+
+def _machine(hardware: Mapping[str, Any]) -> str:
+    """Processor, cores and GPUs in words."""
+    gpus: list[str] = hardware.get("gpus", [])
+    words = [f"{gpus.count(name)} × {name}" for name in dict.fromkeys(gpus)]
+    words += [str(hardware["processor"])] if "processor" in hardware else []
+    words += [f"{hardware['cores']} cores"] if "cores" in hardware else []
+    return ", ".join([*words, *([str(hardware["machine"])] if "machine" in hardware else [])])
 
 
 def as_csv(rows: list[dict[str, Any]]) -> str:
