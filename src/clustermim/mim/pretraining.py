@@ -18,6 +18,7 @@ from clustermim.mim.contract import MaskedModel
 from clustermim.mim.costs import peak_flops, training_flops
 from clustermim.mim.lean_blocks import make_lean
 from clustermim.mim.targets import Target, TargetLoss
+from clustermim.mim.watching import Watchers
 from clustermim.runs import RunDirectory
 from clustermim.training.checkpoints import Checkpoints, Due, Interval
 from clustermim.training.launch import StopRequest, agree, by_the_first
@@ -210,6 +211,7 @@ def train(
     run: RunDirectory | None,
     checkpoints: Checkpoints,
     stop: StopRequest,
+    watchers: Watchers | None = None,
 ) -> dict[str, Any]:
     """Train `model` in place, continuing from the latest checkpoint if there is one.
 
@@ -224,11 +226,13 @@ def train(
     config
         How to train.
     run
-        Takes the rows of metrics; None on all processes but the first.
+        Held; None on all processes but the first.
     checkpoints
         Where to continue from and to write to.
     stop
         Looked at between steps.
+    watchers
+        Take the rows of metrics, and more; None: only `metrics.jsonl` does.
 
     Returns
     -------
@@ -254,7 +258,7 @@ def train(
     predict = keeping_width(forward, fabric)
     fabric.to_device(target)
     kept = target.keep_what_repeats(loader, config.cache_ids)
-    ledger = Ledger(fabric, _ADVICE)
+    ledger, watchers = Ledger(fabric, _ADVICE), watchers or Watchers(fabric, run)
     mean = running_mean(model, config.ema)
     done, seconds, row = restore(checkpoints, model, optimiser, ledger, run, mean, fabric)
     saving = Due(config.checkpoint_every, done)
@@ -266,6 +270,7 @@ def train(
             progress.say(f"Continuing from the checkpoint of step {done} of {total}.")
         if kept:
             progress.say(kept)
+        watchers.begin(progress, done)
         for epoch in range(done // steps, -(-total // steps)):
             parts = loader.epoch(epoch, start=(done % steps) * config.accumulate)
             for step in range(done, min(total, (epoch + 1) * steps)):
@@ -294,7 +299,7 @@ def train(
                     if able is not None:
                         row["mfu"] = rate * flops / (able * fabric.world_size)
                     marked, marked_at = now, done
-                    by_the_first(fabric, RunDirectory.append_metrics, run, row)
+                    watchers.record(row)
                     extra = f" · accuracy {means['accuracy']:.3f}" if "accuracy" in means else ""
                     extra += f" · lr {lr:.2e}" + (f" · MFU {row['mfu']:.0%}" if able is not None else "")
                     progress.update(done, loss=means["loss"], images_per_second=rate, extra=extra)

@@ -21,6 +21,7 @@ from clustermim.mim.model import DecoderKind
 from clustermim.mim.pretraining import MaskKind, PretrainConfig
 from clustermim.mim.starting import continue_from
 from clustermim.mim.targets import TargetOptions, make_target
+from clustermim.mim.watching import WatchOptions
 from clustermim.runs import RunDirectory
 from clustermim.tokenizers.tokenizer import load_tokenizer
 from clustermim.training.checkpoints import parse_interval
@@ -46,6 +47,7 @@ KIND = "pretrain"
 _VOLATILE = (
     *("device", "devices", "strategy", "workers", "resident", "compile"),
     *("accumulate", "activation_checkpointing", "checkpoint_every", "log_every", "cache_ids"),
+    "log",
 )
 _EPOCHS = 100
 _MENDABLE = ("lr", "clip_grad", "precision")
@@ -98,6 +100,7 @@ def pretrain(
     seed: int = 0,
     resume: bool = False,
     dry_run: bool = False,
+    watch: Annotated[WatchOptions | None, Parameter(name="*", group="Watching")] = None,
     stream: Annotated[StreamOptions | None, Parameter(name="*", group="Only for streams (wds:, hf-stream:)")] = None,
     options: Annotated[DataOptions, Parameter(name="*")] = DEFAULTS,
 ) -> PretrainResult:
@@ -206,6 +209,8 @@ def pretrain(
         Start, continue exactly, or do nothing if OUT is finished.
     dry_run
         Write nothing; say how large the model is and, from a few measured steps, how long the run takes.
+    watch
+        Loggers.
     stream
         How an epoch over a stream is shuffled.
     options
@@ -228,6 +233,7 @@ def pretrain(
     ResourceError
         Disk, memory or a process gave out; the last good checkpoint is kept.
     """
+    watch = watch or WatchOptions()
     fabric = make_fabric(device, devices, precision, strategy)
     check_strategy(strategy, ema, compile)
     check_target_options(
@@ -349,6 +355,7 @@ def pretrain(
         "checkpoint_every": checkpoint_every,
         "log_every": log_every,
         "seed": seed,
+        **watch.settings(),
         **(asdict(source.order) if isinstance(source, StreamSource) else {}),
         **asdict(options),
         **{key: getattr(view, key) for key in ("image_size", "channels", "mean", "std", "flip", "crop_scale")},
@@ -385,7 +392,8 @@ def pretrain(
             return PretrainResult(out=None, model=recipe, figures=figures)
         plain = {key: value for key, value in settings.items() if value is not None}
         run = RunDirectory(out, KIND, plain, resume=resume, volatile=_VOLATILE, mendable=_MENDABLE)
-        return carry_out(fabric, built, wanted, (source, view), config, run, facts, (workers, resident, max_minutes))
+        limits = (workers, resident, max_minutes)
+        return carry_out(fabric, built, wanted, (source, view), config, run, facts, limits, watch)
 
 
 def check_predict_ratio(predict_ratio: float, decoder: DecoderKind) -> None:

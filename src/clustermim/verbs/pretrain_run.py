@@ -19,6 +19,7 @@ from clustermim.mim.contract import MaskedModel
 from clustermim.mim.pretraining import PretrainConfig, train
 from clustermim.mim.starting import ENCODER_FILE, save_weights
 from clustermim.mim.targets import Target
+from clustermim.mim.watching import Watchers, WatchOptions
 from clustermim.runs import RunDirectory
 from clustermim.tokenizers.tokenizer import Tokenizer
 from clustermim.training.checkpoints import Checkpoints
@@ -84,6 +85,7 @@ def carry_out(
     run: RunDirectory,
     facts: Mapping[str, Any],
     limits: tuple[int | None, bool | None, float | None],
+    watch: WatchOptions,
 ) -> PretrainResult:
     """Train inside the run directory, then write what is to be kept."""
     workers, resident, max_minutes = limits
@@ -100,7 +102,8 @@ def carry_out(
         checkpoints = Checkpoints(run.path / "checkpoints", warn=_warn if held is not None else lambda message: None)
         loader = training_loader(*images, config, fabric, workers, resident)
         try:
-            row = train(fabric, model, target, loader, config, held, checkpoints, stop)
+            with Watchers(fabric, held, watch) as watchers:
+                row = train(fabric, model, target, loader, config, held, checkpoints, stop, watchers)
         except NonFiniteLossError:
             if held is not None:
                 held.note_divergence()
