@@ -7,11 +7,11 @@ Each fit runs in a process of its own; patches are made as they are asked for an
 
 import argparse
 import json
-import resource
 import subprocess
 import sys
 from collections.abc import Iterator
 
+from memory import peak_above, start_peak
 from recording import record
 
 DIM, K, PART = 48, 50, 16_384
@@ -30,12 +30,10 @@ def work(patches: int) -> None:
             yield uniform(0, place, column) + uniform(1, place // 7 % 97, column)
 
     next(iter(blocks()))
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    before = start_peak()
     result = fit_kmeans(blocks, K, max_passes=2)
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    print(
-        json.dumps({"patches": result.num_rows, "megabytes": (peak - before) / 1024, "import_megabytes": before / 1024})
-    )
+    peak = peak_above(before)
+    print(json.dumps({"patches": result.num_rows, "megabytes": peak, "import_megabytes": before}))
 
 
 def main() -> None:

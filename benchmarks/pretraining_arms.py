@@ -5,8 +5,9 @@
 All arms have ViT-S/16 at 224² and a decoder of width 256, 8 blocks and 8 heads, hide three quarters of the patches,
 predict the hidden ones (pixels brought to mean 0 and variance 1 a patch, or tokens) and update with fused AdamW. The
 peers are used as their documentation shows, under torch.autocast where bf16 is asked for; ours is what
-`clustermim pretrain` runs. A line `step` on standard input is one step, answered with its seconds and loss; `end` is
-answered with the memory above that after the imports.
+`clustermim pretrain` runs. The arm `products` does nothing but the matrix products of our pixel step, in their order
+and shapes: what is left when all else takes no time. A line `step` on standard input is one step, answered with its
+seconds and loss; `end` is answered with the memory above that after the imports.
 """
 
 import argparse
@@ -15,8 +16,9 @@ import os
 import sys
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
+
+from memory import peak_above, start_peak
 
 SIDE, PATCH, RATIO = 224, 16, 0.75
 BATCH = int(os.environ.get("BATCH", "32"))
@@ -24,14 +26,10 @@ WIDTH, DEPTH, HEADS = 256, 8, 8
 VOCABULARY = 50
 LR, DECAY, BETAS = 1.5e-4, 0.05, (0.9, 0.95)
 
+PRODUCTS = ("mm", "addmm", "bmm", "baddbmm", "_linear_pointwise")
+
 Step = Callable[[], float]
 """One update of the weights; gives back the loss."""
-
-
-def status(key: str) -> int:
-    """A memory figure of this process from the kernel, in bytes: `VmRSS` now, `VmHWM` at its highest."""
-    lines = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
-    return int(lines[key].split()[0]) * 1024
 
 
 def count(module: Any) -> int:
@@ -119,6 +117,43 @@ def plain(
     return sizes, step
 
 
+def products_arm(precision: str) -> Callable[[], tuple[dict[str, int], Step]]:
+    """The matrix products that one of our steps makes, seen by the dispatcher, and made again on noise."""
+    import torch
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    made: list[tuple[Any, list[Any]]] = []
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            if func.overloadpacket._qualified_op_name.split("::")[-1] in PRODUCTS:
+                made.append((func, [outline(a) if isinstance(a, torch.Tensor) else a for a in args]))
+            return func(*args, **(kwargs or {}))
+
+    def outline(tensor: Any) -> tuple[Any, ...]:
+        return (tuple(tensor.shape), tensor.stride(), tensor.dtype)
+
+    def noise(shape: Any, stride: Any, dtype: Any) -> Any:
+        return torch.empty_strided(shape, stride, dtype=dtype).normal_()
+
+    def make() -> tuple[dict[str, int], Step]:
+        sizes, whole = ours("pixel", "self", 1.0, precision, False)()
+        with Watch():
+            whole()
+        stand_ins = {a: noise(*a) for _, arguments in made for a in arguments if isinstance(a, tuple)}
+        calls = [(f, [stand_ins[a] if isinstance(a, tuple) else a for a in arguments]) for f, arguments in made]
+
+        def step() -> float:
+            with torch.no_grad():
+                for func, arguments in calls:
+                    func(*arguments)
+            return 0.0
+
+        return sizes, step
+
+    return make
+
+
 def transformers_arm(precision: str, compile: bool) -> Callable[[], tuple[dict[str, int], Step]]:
     """`transformers.ViTMAEForPreTraining`."""
     from transformers import ViTMAEConfig, ViTMAEForPreTraining
@@ -192,6 +227,8 @@ def choose(arm: str, precision: str, compile: bool) -> Callable[[], tuple[dict[s
     if arm in ("transformers", "lightly", "stable-pretraining"):
         makers = {"transformers": transformers_arm, "lightly": lightly_arm}
         return makers.get(arm, stable_pretraining_arm)(precision, compile)
+    if arm == "products":
+        return products_arm(precision)
     target, decoder, predict = {
         "pixel": ("pixel", "self", 1.0),
         "token": ("token", "self", 1.0),
@@ -219,8 +256,7 @@ def main() -> None:
     torch.set_num_threads(options.threads)
     try:
         make = choose(options.arm, options.precision, options.compile)
-        before = status("VmRSS")
-        Path("/proc/self/clear_refs").write_text("5")  # the highest mark starts anew
+        before = start_peak()
         sizes, step = make()
     except Exception as problem:
         answers.write(json.dumps({"problem": f"{type(problem).__name__}: {problem}"}) + "\n")
@@ -232,7 +268,7 @@ def main() -> None:
         began = time.perf_counter()
         loss = step()
         answers.write(json.dumps({"seconds": time.perf_counter() - began, "loss": loss}) + "\n")
-    answers.write(json.dumps({"memory_mib": (status("VmHWM") - before) / 2**20}) + "\n")
+    answers.write(json.dumps({"memory_mib": peak_above(before)}) + "\n")
 
 
 if __name__ == "__main__":

@@ -12,7 +12,6 @@ its process grew by at most.
 
 import argparse
 import json
-import resource
 import statistics
 import subprocess
 import sys
@@ -24,6 +23,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from memory import peak_above, start_peak
 from recording import record
 from sklearn.linear_model import LogisticRegression
 from torch import Tensor
@@ -127,15 +127,14 @@ def measure_knn(train: int, test: int) -> dict[str, Any]:
     """In this process, which should be fresh: its peak of memory is compared with that before."""
     bank, labels, queries, truth = drawn_features(train, test)
     validation = torch.arange(len(labels)) % 5 == 0
-    # The peak is a mark that only rises: what is in memory now, twice, is where this measurement begins.
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    before = start_peak()
     judge = fit_knn(bank, labels, CLASSES, validation, ks=(20,))
     spent, answer = seconds(lambda: judge.answer(queries))
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
+    peak = peak_above(before)
     top1 = (answer.scores.argmax(1) == truth).double().mean().item()
     sizes = {"train": train, "test": test, "dim": DIM, "k": judge.k}
     whole = 4 * train * test / 2**20
-    return {"what": "k-NN", **sizes, "seconds": spent, "peak_mib": peak / 1024, "similarities_mib": whole, "top1": top1}
+    return {"what": "k-NN", **sizes, "seconds": spent, "peak_mib": peak, "similarities_mib": whole, "top1": top1}
 
 
 def main() -> None:

@@ -17,7 +17,8 @@ def test_flops_are_those_on_paper(decoder):
     products = 4 * 48 * d + 6 * (12 * d * d * seen + 2 * seen * seen * d) + seen * d * w + asked * w * 7
     if decoder == "self":
         tokens = seen + asked
-        products += 2 * (12 * w * w * tokens + 2 * tokens * tokens * w)
+        products += 12 * w * w * tokens + 2 * tokens * tokens * w
+        products += 2 * w * w * tokens + 10 * w * w * asked + 2 * asked * tokens * w  # the last: what is asked for
     else:
         products += 2 * (2 * w * w * seen + 10 * w * w * asked + 2 * asked * seen * w)
     assert training_flops(model, 12, asked) == 3 * 2 * products

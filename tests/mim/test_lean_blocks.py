@@ -6,7 +6,8 @@ import pytest
 import torch
 from timm.models.vision_transformer import Block
 
-from clustermim.mim.lean_blocks import LeanBlock, make_lean
+from clustermim.mim.last_block import LastBlock
+from clustermim.mim.lean_blocks import LeanBlock, LeanLastBlock, make_lean
 
 
 def pair(dtype=torch.float32, **options):
@@ -21,12 +22,12 @@ def pair(dtype=torch.float32, **options):
     return block, lean
 
 
-def results(block, x, autocast=False):
+def results(block, x, autocast=False, of=None):
     x = x.clone().requires_grad_()
     with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
         out = block(x)
     out.float().square().mean().backward()
-    return [out.detach(), x.grad, *(p.grad for p in block.parameters())]
+    return [out.detach(), x.grad, *(p.grad for p in (of or block).parameters())]
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-12), (torch.float32, 1e-5)])
@@ -36,6 +37,41 @@ def test_output_and_every_gradient_are_timms(dtype, tolerance, batch):
     x = torch.randn(batch, 7, 24, dtype=dtype)
     for one, two in zip(results(block, x), results(lean, x), strict=True):
         torch.testing.assert_close(one, two, atol=tolerance, rtol=tolerance)
+
+
+def last_pair(dtype):
+    """A `LastBlock` and its lean twin with the weights of a timm block."""
+    block, _ = pair(dtype)
+    last = LastBlock(24, 3, qkv_bias=True).to(dtype)
+    last.load_state_dict(block.state_dict())
+    lean = copy.deepcopy(last)
+    assert make_lean(lean) == 1
+    assert isinstance(lean, LeanLastBlock)
+    return block, last, lean
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-12), (torch.float32, 1e-5)])
+@pytest.mark.parametrize("start", [0, 1, 4, 6])
+@pytest.mark.parametrize("fused", [True, False])
+def test_the_last_block_is_the_end_of_timms(dtype, tolerance, start, fused):
+    block, last, lean = last_pair(dtype)
+    last.attn.fused_attn = fused
+    x = torch.randn(5, 7, 24, dtype=dtype)
+    wanted = results(lambda x: block(x)[:, start:], x, of=block)
+    for other in (last, lean):
+        for one, two in zip(wanted, results(lambda x, o=other: o(x, start), x, of=other), strict=True):
+            torch.testing.assert_close(one, two, atol=tolerance, rtol=tolerance)
+
+
+def test_the_lean_last_block_in_bf16_is_as_near_to_the_truth_as_the_other():
+    _, last, lean = last_pair(torch.float32)
+    x = torch.randn(6, 7, 24)
+    exact = results(lambda x: last(x, 3), x, of=last)
+    last.zero_grad()
+    theirs = results(lambda x: last(x, 3), x, True, of=last)
+    for truth, plain, ours in zip(exact, theirs, results(lambda x: lean(x, 3), x, True, of=lean), strict=True):
+        assert ours.dtype == torch.float32
+        assert (ours - truth).norm() <= 1.5 * (plain.float() - truth).norm() + 1e-3 * truth.norm()
 
 
 def test_in_bf16_it_is_as_near_to_the_truth_as_timms():

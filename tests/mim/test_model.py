@@ -173,6 +173,8 @@ def test_a_wrong_encoder_is_refused():
         MaskedImageModel(torch.nn.Linear(2, 2), 4, decoder_dim=8, decoder_depth=1, decoder_heads=2, mean=[0], std=[1])
     with pytest.raises(InputError, match="heads"):
         tiny(decoder_dim=30, decoder_heads=4)
+    with pytest.raises(InputError, match="0 blocks"):
+        tiny(decoder_depth=0)
     with pytest.raises(InputError, match="divide"):
         tiny(patch=3)
     with pytest.raises(InputError, match="vit_micro"):

@@ -71,6 +71,7 @@ def test_a_grid_has_every_combination_once() -> None:
 WRONG: list[tuple[dict[str, Any], str]] = [
     ({"tokenisers": {}}, "unknown key 'tokenisers'. Did you mean 'tokenizers'"),
     ({"pretrain": {"epoch": 3}}, "pretrain: unknown key 'epoch'. Did you mean 'epochs'"),
+    ({"pretrain": {"steps": 3}}, "pretrain: unknown key 'steps'"),
     ({"tokenizers": {"pixel": {"K": 3}}}, "tokenizers: pixel: unknown key 'K'"),
     ({"tokenizers": {"pixel": {"k": []}}}, "`k` of 'pixel' is empty"),
     ({"tokenizers": {"pixel": {"k": [4, 4]}}}, "holds a value twice"),

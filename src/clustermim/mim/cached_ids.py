@@ -8,6 +8,7 @@ need not be asked again.
 import numpy as np
 import torch
 from jaxtyping import Int64
+from rich.filesize import decimal
 from torch import Tensor
 
 from clustermim.data.loaders import Loader, free_memory
@@ -99,9 +100,12 @@ def cached_ids(tokenizer: Tokenizer, loader: Loader, wanted: bool | None) -> tup
     patches = loader.view.image_size[0] // tokenizer.patch_size * (loader.view.image_size[1] // tokenizer.patch_size)
     takes = loader.num_images * patches * id_type(tokenizer.vocab_size).itemsize
     if takes > _SHARE * free_memory(torch.device("cpu")):
-        return None, f"Token ids are computed in every epoch: kept, they would take {_bytes(takes)}."
+        return None, f"Token ids are computed in every epoch: kept, they would take {decimal(takes)}."
     cache = CachedIds(tokenizer, loader.num_images, patches)
-    return cache, f"Views are the same in every epoch: token ids are computed once an image and kept ({_bytes(takes)})."
+    return (
+        cache,
+        f"Views are the same in every epoch: token ids are computed once an image and kept ({decimal(takes)}).",
+    )
 
 
 def check_cached_ids(view: ViewConfig, soft: float) -> None:
@@ -124,11 +128,3 @@ def check_cached_ids(view: ViewConfig, soft: float) -> None:
 def may_repeat(view: ViewConfig) -> bool:
     """Whether training views of images of some size are the same in every epoch (`repeats` says of which)."""
     return not view.flip and view.crop_scale == (1.0, 1.0)
-
-
-def _bytes(number: int) -> str:
-    for unit in ("bytes", "kB", "MB"):
-        if number < 1000:
-            return f"{number:.3g} {unit}"
-        number = round(number / 1000)
-    return f"{number:,} GB"

@@ -122,7 +122,7 @@ class MaskedModel(nn.Module, ABC):
         result: Tensor = embedding.norm(tokens)
         return result
 
-    def through(self, blocks: Iterable[nn.Module], tokens: Float[Tensor, "b t d"], *context: Tensor) -> Tensor:
+    def through(self, blocks: Iterable[nn.Module], tokens: Float[Tensor, "b t d"], *context: Tensor | int) -> Tensor:
         """Tokens through blocks one after the other, each of them also given `context`.
 
         With activation checkpointing (`encoder.set_grad_checkpointing`, which counts for the decoder too) a block keeps

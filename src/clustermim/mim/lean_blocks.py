@@ -16,6 +16,7 @@ from timm.layers.mlp import Mlp
 from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
+from clustermim.mim.last_block import LastBlock
 from clustermim.products import linear
 
 _WEIGHTS = 1 << 21
@@ -29,21 +30,38 @@ class LeanBlock(Block):
         self, x: Float[Tensor, "b n d"], attn_mask: Tensor | None = None, is_causal: bool = False
     ) -> Float[Tensor, "b n d"]:
         """The block's output for tokens x, in the precision of x."""
-        if attn_mask is not None or is_causal or not torch.is_grad_enabled() or x.device.type != "cpu":
+        if attn_mask is not None or is_causal or not _trained_here(x):
             whole: Tensor = super().forward(x, attn_mask=attn_mask, is_causal=is_causal)
             return whole
-        low = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else x.dtype
-        attention, mlp = cast(Attention, self.attn), cast(Mlp, self.mlp)
-        x = _AttentionHalf.apply(
-            x.to(torch.float32) if low != torch.float64 else x, self.norm1.weight, self.norm1.bias,
-            attention.qkv.weight, attention.qkv.bias, attention.proj.weight, attention.proj.bias,
-            attention.num_heads, self.norm1.eps, low,
-        )  # fmt: skip
-        found: Tensor = _MlpHalf.apply(
-            x, self.norm2.weight, self.norm2.bias, mlp.fc1.weight, mlp.fc1.bias, mlp.fc2.weight, mlp.fc2.bias,
-            self.norm2.eps, low,
-        )  # fmt: skip
-        return found
+        return _through_halves(self, x, 0)
+
+
+class LeanLastBlock(LastBlock):
+    """A `LastBlock` that computes so."""
+
+    def forward(self, x: Float[Tensor, "b n d"], start: int) -> Float[Tensor, "b m d"]:  # type: ignore[override]
+        """The block's output for the tokens x[:, start:], in the precision of x."""
+        return _through_halves(self, x, start) if _trained_here(x) else super().forward(x, start)
+
+
+def _trained_here(x: Tensor) -> bool:
+    return torch.is_grad_enabled() and x.device.type == "cpu"
+
+
+def _through_halves(block: Block, x: Tensor, start: int) -> Tensor:
+    """What a block makes of the tokens x[:, start:]."""
+    low = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else x.dtype
+    attention, mlp = cast(Attention, block.attn), cast(Mlp, block.mlp)
+    x = _AttentionHalf.apply(
+        x.to(torch.float32) if low != torch.float64 else x, block.norm1.weight, block.norm1.bias,
+        attention.qkv.weight, attention.qkv.bias, attention.proj.weight, attention.proj.bias,
+        attention.num_heads, start, block.norm1.eps, low,
+    )  # fmt: skip
+    found: Tensor = _MlpHalf.apply(
+        x, block.norm2.weight, block.norm2.bias, mlp.fc1.weight, mlp.fc1.bias, mlp.fc2.weight, mlp.fc2.bias,
+        block.norm2.eps, low,
+    )  # fmt: skip
+    return found
 
 
 def make_lean(model: nn.Module) -> int:
@@ -51,9 +69,10 @@ def make_lean(model: nn.Module) -> int:
 
     Blocks with dropout, layer scale, normed queries or another activation stay as they are.
     """
-    blocks = [module for module in model.modules() if type(module) is Block and _plain(module)]
+    lean: dict[type, type] = {Block: LeanBlock, LastBlock: LeanLastBlock}
+    blocks = [module for module in model.modules() if type(module) in lean and _plain(cast(Block, module))]
     for block in blocks:
-        block.__class__ = LeanBlock
+        block.__class__ = lean[type(block)]
     return len(blocks)
 
 
@@ -79,37 +98,56 @@ def _plain(block: Block) -> bool:
 
 
 class _AttentionHalf(torch.autograd.Function):
-    """x + proj(attention(qkv(norm(x))))."""
+    """x + proj(attention(qkv(norm(x)))), for the tokens from `start` on; all are keys and values."""
 
     @staticmethod
     def forward(
         ctx: Any, x: Tensor, norm: Tensor, shift: Tensor, qkv: Tensor, qkv_bias: Tensor, proj: Tensor,
-        proj_bias: Tensor, heads: int, eps: float, low: torch.dtype,
+        proj_bias: Tensor, heads: int, start: int, eps: float, low: torch.dtype,
     ) -> Tensor:  # fmt: skip
-        qkv_low, proj_low = qkv.to(low), proj.to(low)
+        qkv_low, proj_low, bias, dim = qkv.to(low), proj.to(low), qkv_bias.to(low), x.shape[-1]
         normed, mean, rstd = torch.native_layer_norm(x, x.shape[-1:], norm, shift, eps)
-        packed = linear(normed.to(low).flatten(0, 1), qkv_low, qkv_bias.to(low)).view(*x.shape[:2], -1)
-        mixed = _attend(packed, heads)
-        out = linear(mixed.flatten(0, 1), proj_low, proj_bias.to(low)).view_as(x)
-        ctx.save_for_backward(x, norm, shift, mean, rstd, qkv_low, proj_low, packed, mixed)
-        ctx.heads, ctx.low = heads, low
-        return x + out
+        normed = normed.to(low)
+        if start:
+            q = linear(_rows(normed[:, start:]), qkv_low[:dim], bias[:dim]).view(len(x), -1, dim)
+            kv = linear(_rows(normed), qkv_low[dim:], bias[dim:]).view(*x.shape[:2], -1)
+        else:  # one product is faster than two
+            packed = linear(_rows(normed), qkv_low, bias).view(*x.shape[:2], -1)
+            q, kv = packed[..., :dim], packed[..., dim:]
+        mixed = _attend(q, kv, heads)
+        out = linear(_rows(mixed), proj_low, proj_bias.to(low)).view_as(mixed)
+        ctx.save_for_backward(x, norm, shift, mean, rstd, qkv_low, proj_low, q, kv, mixed)
+        ctx.heads, ctx.start, ctx.low = heads, start, low
+        return x[:, start:] + out
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        x, norm, shift, mean, rstd, qkv, proj, packed, mixed = ctx.saved_tensors
-        inner = grad.to(ctx.low).flatten(0, 1)
-        of_proj, of_proj_bias = inner.t() @ mixed.flatten(0, 1), inner.sum(0)
+        x, norm, shift, mean, rstd, qkv, proj, q, kv, mixed = ctx.saved_tensors
+        dim, start = x.shape[-1], ctx.start
+        inner = _rows(grad.to(ctx.low))
+        of_proj, of_proj_bias = inner.t() @ _rows(mixed), inner.sum(0)
         of_mixed = linear(inner, proj.t()).view_as(mixed)
-        of_packed = _attend_backward(of_mixed, packed, ctx.heads).flatten(0, 1)
-        normed = _normed(x, norm, shift, mean, rstd).to(ctx.low).flatten(0, 1)
-        of_qkv, of_qkv_bias = of_packed.t() @ normed, of_packed.sum(0)
-        of_normed = linear(of_packed, qkv.t()).view_as(x)
+        normed = _normed(x, norm, shift, mean, rstd).to(ctx.low)
+        if start:
+            of_q, of_kv = torch.empty_like(q), torch.empty_like(kv)
+            _attend_backward(of_mixed, q, kv, ctx.heads, of_q, of_kv)
+            of_q, of_kv = _rows(of_q), _rows(of_kv)
+            of_qkv = torch.cat([of_q.t() @ _rows(normed[:, start:]), of_kv.t() @ _rows(normed)])
+            of_qkv_bias = torch.cat([of_q.sum(0), of_kv.sum(0)])
+            of_normed = linear(of_kv, qkv[dim:].t()).view_as(x)
+            of_normed[:, start:] += linear(of_q, qkv[:dim].t()).view_as(mixed)
+        else:
+            of_packed = torch.empty(*x.shape[:2], 3 * dim, dtype=q.dtype, device=q.device)
+            _attend_backward(of_mixed, q, kv, ctx.heads, of_packed[..., :dim], of_packed[..., dim:])
+            of_packed = _rows(of_packed)
+            of_qkv, of_qkv_bias = of_packed.t() @ _rows(normed), of_packed.sum(0)
+            of_normed = linear(of_packed, qkv.t()).view_as(x)
         of_x, of_norm, of_shift = _norm_backward(of_normed, x, norm, shift, mean, rstd)
+        of_x[:, start:] += grad
         kind = norm.dtype
         return (
-            of_x.add_(grad), of_norm, of_shift, of_qkv.to(kind), of_qkv_bias.to(kind), of_proj.to(kind),
-            of_proj_bias.to(kind), None, None, None,
+            of_x, of_norm, of_shift, of_qkv.to(kind), of_qkv_bias.to(kind), of_proj.to(kind),
+            of_proj_bias.to(kind), None, None, None, None,
         )  # fmt: skip
 
 
@@ -146,6 +184,11 @@ class _MlpHalf(torch.autograd.Function):
         )  # fmt: skip
 
 
+def _rows(x: Tensor) -> Tensor:
+    """(B, N, D) as (B·N, D)."""
+    return x.flatten(0, 1)
+
+
 def _normed(x: Tensor, norm: Tensor, shift: Tensor, mean: Tensor, rstd: Tensor) -> Tensor:
     """The norm's output again, from the statistics that are kept."""
     return torch.addcmul(shift, (x - mean).mul_(rstd), norm)
@@ -161,10 +204,10 @@ def _norm_backward(
     return found
 
 
-def _heads(packed: Tensor, parts: int, heads: int) -> Tensor:
+def _heads(x: Tensor, parts: int, heads: int) -> Tensor:
     """(B, N, parts·H·d) as (parts, B·H, N, d); of one image a view."""
-    b, n, width = packed.shape
-    split = packed.view(b, n, parts, heads, width // parts // heads).permute(2, 0, 3, 1, 4)
+    b, n, width = x.shape
+    split = x.view(b, n, parts, heads, width // parts // heads).permute(2, 0, 3, 1, 4)
     return split.reshape(parts, b * heads, n, width // parts // heads)
 
 
@@ -173,37 +216,42 @@ def _images(n: int, heads: int) -> int:
     return max(_WEIGHTS // (heads * n * n), 1)
 
 
-def _attend(packed: Float[Tensor, "b n three_d"], heads: int) -> Float[Tensor, "b n d"]:
-    """softmax(q kᵀ / √d) v for queries, keys and values packed as timm's `qkv` gives them."""
-    b, n, width = packed.shape
-    size = width // 3 // heads
-    out = packed.new_empty(b, n, width // 3)
-    images = _images(n, heads)
-    for part, into in zip(torch.split(packed, images), torch.split(out, images), strict=True):
-        q, k, v = _heads(part, 3, heads)
-        weights = torch.bmm(q * size**-0.5, k.transpose(1, 2)).softmax(-1)
-        into.view(-1, n, heads, size).transpose(1, 2).copy_(torch.bmm(weights, v).view(-1, heads, n, size))
+def _attend(q: Float[Tensor, "b m d"], kv: Float[Tensor, "b n two_d"], heads: int) -> Float[Tensor, "b m d"]:
+    """softmax(q kᵀ / √d) v for queries of some tokens, and keys and values of all, one behind the other."""
+    _, m, width = q.shape
+    size = width // heads
+    out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    images = _images(kv.shape[1], heads)
+    for asking, asked, into in zip(*(torch.split(whole, images) for whole in (q, kv, out)), strict=True):
+        (queries,) = _heads(asking, 1, heads)
+        k, v = _heads(asked, 2, heads)
+        weights = torch.bmm(queries * size**-0.5, k.transpose(1, 2)).softmax(-1)
+        into.view(-1, m, heads, size).transpose(1, 2).copy_(torch.bmm(weights, v).view(-1, heads, m, size))
     return out
 
 
 def _attend_backward(
-    grad: Float[Tensor, "b n d"], packed: Float[Tensor, "b n three_d"], heads: int
-) -> Float[Tensor, "b n three_d"]:
-    """Gradient of `_attend` for `packed`; the attention weights are computed again."""
-    _, n, width = packed.shape
-    size = width // 3 // heads
-    result = torch.empty_like(packed)
+    grad: Float[Tensor, "b m d"],
+    q: Float[Tensor, "b m d"],
+    kv: Float[Tensor, "b n two_d"],
+    heads: int,
+    of_q: Float[Tensor, "b m d"],
+    of_kv: Float[Tensor, "b n two_d"],
+) -> None:
+    """Write the gradients of `_attend` for q and kv into `of_q` and `of_kv`; attention weights are computed again."""
+    m, n = q.shape[1], kv.shape[1]
+    size = q.shape[2] // heads
     images = _images(n, heads)
-    for part, given, into in zip(*(torch.split(whole, images) for whole in (packed, grad, result)), strict=True):
-        q, k, v = _heads(part, 3, heads)
-        (of_out,) = _heads(given, 1, heads)
-        q = q * size**-0.5  # not in place: of one image, these are views
-        weights = torch.bmm(q, k.transpose(1, 2)).softmax(-1)
+    wholes = (q, kv, grad, of_q, of_kv)
+    for asking, asked, given, into_q, into_kv in zip(*(torch.split(w, images) for w in wholes), strict=True):
+        (queries,), (k, v), (of_out,) = _heads(asking, 1, heads), _heads(asked, 2, heads), _heads(given, 1, heads)
+        queries = queries * size**-0.5  # not in place: of one image, these are views
+        weights = torch.bmm(queries, k.transpose(1, 2)).softmax(-1)
         of_scores = torch.ops.aten._softmax_backward_data(
             torch.bmm(of_out, v.transpose(1, 2)), weights, -1, weights.dtype
         )
-        of_q, of_k, of_v = into.view(-1, n, 3, heads, size).permute(2, 0, 3, 1, 4)
-        of_q.copy_(torch.bmm(of_scores, k).mul_(size**-0.5).view(-1, heads, n, size))
-        of_k.copy_(torch.bmm(of_scores.transpose(1, 2), q).view(-1, heads, n, size))
+        of_k, of_v = into_kv.view(-1, n, 2, heads, size).permute(2, 0, 3, 1, 4)
+        of_queries = into_q.view(-1, m, heads, size).transpose(1, 2)
+        of_queries.copy_(torch.bmm(of_scores, k).mul_(size**-0.5).view(-1, heads, m, size))
+        of_k.copy_(torch.bmm(of_scores.transpose(1, 2), queries).view(-1, heads, n, size))
         of_v.copy_(torch.bmm(weights.transpose(1, 2), of_out).view(-1, heads, n, size))
-    return result

@@ -17,6 +17,7 @@ from clustermim.encoders.presets import sincos_positions
 from clustermim.errors import InputError
 from clustermim.mim.contract import MaskedModel
 from clustermim.mim.crossing import CrossBlock
+from clustermim.mim.last_block import LastBlock
 
 DecoderKind = Literal["self", "cross"]
 
@@ -38,7 +39,8 @@ class MaskedImageModel(MaskedModel):
     Raises
     ------
     InputError
-        The encoder is of another kind, or a width is not divisible as attention and positions need it.
+        The encoder is of another kind, a width is not divisible as attention and positions need it, or the decoder has
+        no block.
     """
 
     def __init__(
@@ -59,13 +61,17 @@ class MaskedImageModel(MaskedModel):
                 f"A decoder of width {decoder_dim} with {decoder_heads} heads cannot be built: the width must be "
                 "divisible by the heads and by 4."
             )
+        if decoder_depth < 1:
+            raise InputError(
+                f"A decoder of {decoder_depth} blocks predicts nothing: it is in blocks that mask tokens see."
+            )
         self.decoder = decoder
         self.decoder_embed = nn.Linear(self.encoder.embed_dim, decoder_dim)
         self.mask_token = nn.Parameter(torch.zeros(1, 1, decoder_dim))
         self.decoder_pos_embed = nn.Parameter(sincos_positions(self.grid, decoder_dim), requires_grad=False)
-        make = CrossBlock if decoder == "cross" else Block
-        self.decoder_blocks = nn.Sequential() if decoder == "self" else nn.ModuleList()
-        for _ in range(decoder_depth):
+        self.decoder_blocks = nn.ModuleList()
+        for number in range(1, decoder_depth + 1):
+            make = CrossBlock if decoder == "cross" else LastBlock if number == decoder_depth else Block
             self.decoder_blocks.append(make(decoder_dim, decoder_heads, mlp_ratio=4.0, qkv_bias=True))
         self.decoder_norm = nn.LayerNorm(decoder_dim, eps=1e-6)
         self.decoder_pred = nn.Linear(decoder_dim, output_dim)
@@ -99,7 +105,7 @@ class MaskedImageModel(MaskedModel):
         """Predictions at the positions `asked` from the encoder's output for the positions `visible`.
 
         Attention knows positions only by what is added to the tokens, so the mask tokens simply follow the visible ones
-        and nothing is shuffled back; the last norm and the head run on the patches asked for alone.
+        and nothing is shuffled back; the last block, norm and head run on the patches asked for alone.
         """
         positions = self.decoder_pos_embed[0]
         seen = self.decoder_embed(encoded)
@@ -109,6 +115,7 @@ class MaskedImageModel(MaskedModel):
         if self.decoder == "cross":
             tokens = self.through(self.decoder_blocks, tokens, seen)
         else:
-            tokens = self.through(self.decoder_blocks, torch.cat([seen, tokens], dim=1))[:, seen.shape[1] :]
+            tokens = self.through(self.decoder_blocks[:-1], torch.cat([seen, tokens], dim=1))
+            tokens = self.through(self.decoder_blocks[-1:], tokens, seen.shape[1])
         result: Tensor = self.decoder_pred(self.decoder_norm(tokens))
         return result
