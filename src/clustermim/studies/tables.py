@@ -10,7 +10,7 @@ from clustermim.evaluation.protocols import PROTOCOLS
 from clustermim.studies.answers import CHOICES, EVERYTHING, Answers, answer
 from clustermim.studies.collecting import FINETUNED, Findings
 from clustermim.studies.scores import SCORES, leading
-from clustermim.studies.telling import headline
+from clustermim.studies.telling import headline, plain
 
 
 def protocol_title(protocol: str) -> str:
@@ -28,7 +28,7 @@ def findings_tables(findings: Findings) -> Group:
         Text(f"failed: {one['kind']} of {one['name']}: {one['reason']}", style="red") for one in findings.failures
     ]
     parts += [Text(f"Note: {note}", style="yellow") for note in findings.notes]
-    parts += [Text(line.replace("**", ""), style="bold") for line in headline(findings, answers)]
+    parts += [Text(plain(line), style="bold") for line in headline(findings, answers)]
     return Group(*parts)
 
 

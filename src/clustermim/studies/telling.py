@@ -43,6 +43,11 @@ def headline(findings: Findings, answers: Answers) -> list[str]:
     return told
 
 
+def plain(text: str) -> str:
+    """A sentence without its marks, for a terminal or a file."""
+    return text.replace("**", "").replace("`", "")
+
+
 def _best_sentence(findings: Findings, data: str, judged_on: str) -> list[str]:
     """Which target is best by linear probe, how surely, and whether a floor does as well; none for fewer than two."""
     here = findings.runs_on(data, judged_on)

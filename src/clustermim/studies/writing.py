@@ -16,7 +16,7 @@ from clustermim.studies.opening import Sources
 from clustermim.studies.pieces import Plan
 from clustermim.studies.recipe import Recipe
 from clustermim.studies.report import build_report
-from clustermim.studies.telling import headline
+from clustermim.studies.telling import headline, plain
 
 
 def write_findings(
@@ -36,7 +36,7 @@ def write_findings(
     told = {
         "title": findings.title,
         "command": command,
-        "answer": [line.replace("**", "") for line in headline(findings, answers)],
+        "answer": [plain(line) for line in headline(findings, answers)],
         "made_by": facts,
         "note": recipe.note,
         "seconds_of_all_pieces": round(findings.seconds, 1),
