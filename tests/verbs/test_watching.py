@@ -8,9 +8,9 @@ import yaml
 
 from clustermim.cli import run
 from clustermim.errors import InputError
-from clustermim.mim.watching import WatchOptions
 from clustermim.runs import RunDirectory, read_manifest, read_metrics
 from clustermim.training.loggers import Loggers, check_loggers
+from clustermim.verbs.pretrain_watch import WatchOptions
 from forking import start_ranks
 from watch_samples import curve, wandb_records
 

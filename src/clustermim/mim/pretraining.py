@@ -270,7 +270,7 @@ def train(
             progress.say(f"Continuing from the checkpoint of step {done} of {total}.")
         if kept:
             progress.say(kept)
-        watchers.begin(progress, done)
+        watchers.begin(progress, done, total, steps, config.batch_size)
         for epoch in range(done // steps, -(-total // steps)):
             parts = loader.epoch(epoch, start=(done % steps) * config.accumulate)
             for step in range(done, min(total, (epoch + 1) * steps)):
@@ -301,8 +301,11 @@ def train(
                     marked, marked_at = now, done
                     watchers.record(row)
                     extra = f" · accuracy {means['accuracy']:.3f}" if "accuracy" in means else ""
-                    extra += f" · lr {lr:.2e}" + (f" · MFU {row['mfu']:.0%}" if able is not None else "")
+                    extra += (
+                        f" · lr {lr:.2e}" + (f" · MFU {row['mfu']:.0%}" if able is not None else "") + watchers.news
+                    )
                     progress.update(done, loss=means["loss"], images_per_second=rate, extra=extra)
+                marked += watchers.look(done, model, mean)
                 # Several processes must decide alike, so they ask each other, but only where they meet anyway.
                 look = log or fabric.world_size == 1
                 stopping = look and agree(fabric, stop.reason is not None)

@@ -21,7 +21,6 @@ from clustermim.mim.model import DecoderKind
 from clustermim.mim.pretraining import MaskKind, PretrainConfig
 from clustermim.mim.starting import continue_from
 from clustermim.mim.targets import TargetOptions, make_target
-from clustermim.mim.watching import WatchOptions
 from clustermim.runs import RunDirectory
 from clustermim.tokenizers.tokenizer import load_tokenizer
 from clustermim.training.checkpoints import parse_interval
@@ -42,12 +41,13 @@ from clustermim.verbs.pretrain_targets import (
     target_features,
     weigh_by_frequency,
 )
+from clustermim.verbs.pretrain_watch import VOLATILE, WatchOptions, plan_watch
 
 KIND = "pretrain"
 _VOLATILE = (
     *("device", "devices", "strategy", "workers", "resident", "compile"),
     *("accumulate", "activation_checkpointing", "checkpoint_every", "log_every", "cache_ids"),
-    "log",
+    *VOLATILE,
 )
 _EPOCHS = 100
 _MENDABLE = ("lr", "clip_grad", "precision")
@@ -210,7 +210,7 @@ def pretrain(
     dry_run
         Write nothing; say how large the model is and, from a few measured steps, how long the run takes.
     watch
-        Loggers.
+        Loggers, and a k-NN probe every few epochs.
     stream
         How an epoch over a stream is shuffled.
     options
@@ -233,7 +233,6 @@ def pretrain(
     ResourceError
         Disk, memory or a process gave out; the last good checkpoint is kept.
     """
-    watch = watch or WatchOptions()
     fabric = make_fabric(device, devices, precision, strategy)
     check_strategy(strategy, ema, compile)
     check_target_options(
@@ -312,6 +311,7 @@ def pretrain(
     built.encoder.set_grad_checkpointing(activation_checkpointing)
     hidden_count(built.num_patches, mask_ratio)
     check_batch(source, config, fabric.world_size)
+    watching = plan_watch(watch, source, options)
 
     settings = {
         "data": str(data) if isinstance(data, str | Path) else source.name,
@@ -355,7 +355,7 @@ def pretrain(
         "checkpoint_every": checkpoint_every,
         "log_every": log_every,
         "seed": seed,
-        **watch.settings(),
+        **watching.settings(),
         **(asdict(source.order) if isinstance(source, StreamSource) else {}),
         **asdict(options),
         **{key: getattr(view, key) for key in ("image_size", "channels", "mean", "std", "flip", "crop_scale")},
@@ -393,7 +393,7 @@ def pretrain(
         plain = {key: value for key, value in settings.items() if value is not None}
         run = RunDirectory(out, KIND, plain, resume=resume, volatile=_VOLATILE, mendable=_MENDABLE)
         limits = (workers, resident, max_minutes)
-        return carry_out(fabric, built, wanted, (source, view), config, run, facts, limits, watch)
+        return carry_out(fabric, built, wanted, (source, view), config, run, facts, limits, watching)
 
 
 def check_predict_ratio(predict_ratio: float, decoder: DecoderKind) -> None:

@@ -19,7 +19,7 @@ from clustermim.mim.contract import MaskedModel
 from clustermim.mim.pretraining import PretrainConfig, train
 from clustermim.mim.starting import ENCODER_FILE, save_weights
 from clustermim.mim.targets import Target
-from clustermim.mim.watching import Watchers, WatchOptions
+from clustermim.mim.watching import Watchers
 from clustermim.runs import RunDirectory
 from clustermim.tokenizers.tokenizer import Tokenizer
 from clustermim.training.checkpoints import Checkpoints
@@ -27,6 +27,7 @@ from clustermim.training.launch import Strategy, by_the_first, enter_on_first, l
 from clustermim.training.progress import duration
 from clustermim.training.sharding import whole
 from clustermim.training.trouble import advice, resumable
+from clustermim.verbs.pretrain_watch import WatchPlan
 
 _INPUTS = (
     ("data_fingerprint", "--data"),
@@ -85,7 +86,7 @@ def carry_out(
     run: RunDirectory,
     facts: Mapping[str, Any],
     limits: tuple[int | None, bool | None, float | None],
-    watch: WatchOptions,
+    watch: WatchPlan,
 ) -> PretrainResult:
     """Train inside the run directory, then write what is to be kept."""
     workers, resident, max_minutes = limits
@@ -102,8 +103,9 @@ def carry_out(
         checkpoints = Checkpoints(run.path / "checkpoints", warn=_warn if held is not None else lambda message: None)
         loader = training_loader(*images, config, fabric, workers, resident)
         try:
-            with Watchers(fabric, held, watch) as watchers:
-                row = train(fabric, model, target, loader, config, held, checkpoints, stop, watchers)
+            looks = [] if held is None else watch.looks(model, images[0], fabric.device, workers, resident)
+            with Watchers(fabric, held, watch.options.log, watch.every, looks) as watchers:
+                row = train(fabric, model, target, loader, config, held, checkpoints, stop, watchers) | watchers.figures
         except NonFiniteLossError:
             if held is not None:
                 held.note_divergence()
