@@ -28,6 +28,7 @@ _API = {
     "tcas": "clustermim.verbs.score",
     "graph": "clustermim.verbs.graph_spectrum",
     "pretrain": "clustermim.verbs.pretrain_encoder",
+    "WatchOptions": "clustermim.verbs.pretrain_watch",
     "probe": "clustermim.verbs.probe_encoders",
     "finetune": "clustermim.verbs.finetune_encoder",
     "embed": "clustermim.verbs.embed_images",
@@ -45,6 +46,7 @@ __all__ = [
     "MaskedImageModel",
     "TokenScore",
     "Tokenizer",
+    "WatchOptions",
     "__version__",
     "augmentation_spectrum",
     "demo",
@@ -91,6 +93,7 @@ if TYPE_CHECKING:
     from clustermim.verbs.graph_spectrum import graph
     from clustermim.verbs.import_file import import_checkpoint
     from clustermim.verbs.pretrain_encoder import pretrain
+    from clustermim.verbs.pretrain_watch import WatchOptions
     from clustermim.verbs.probe_encoders import probe
     from clustermim.verbs.score import tcas
     from clustermim.verbs.show_run import show

@@ -14,9 +14,10 @@ from clustermim.data.sources import open_source
 from clustermim.encoders.opening import open_encoder
 from clustermim.errors import InputError
 from clustermim.features.patches import patchify
+from clustermim.mim.predicting import unpatchify
 from clustermim.render.encoder_pictures import component_maps, hide_patches, principal_components
 from clustermim.verbs.encoder_views import class_attention, look_at_encoder
-from clustermim.verbs.prediction_views import look_at_predictions, rebuild_model, unpatchify
+from clustermim.verbs.prediction_views import look_at_predictions, rebuild_model
 from clustermim.verbs.pretrain_encoder import pretrain
 from clustermim.verbs.show_run import show
 from clustermim.verbs.tokenizer_fit import fit_tokenizer

@@ -1,21 +1,27 @@
 """`clustermim pretrain` watched: by loggers that show what metrics.jsonl holds, and change or end nothing."""
 
 import sys
+import time
 import types
 
 import pytest
+import torch
 import yaml
 
 from clustermim.cli import run
 from clustermim.errors import InputError
+from clustermim.mim.watching import Sight, Watchers
 from clustermim.runs import RunDirectory, read_manifest, read_metrics
+from clustermim.training.launch import make_fabric
 from clustermim.training.loggers import Loggers, check_loggers
+from clustermim.training.progress import TrainingProgress
 from clustermim.verbs.pretrain_watch import WatchOptions
 from forking import start_ranks
-from watch_samples import curve, wandb_records
+from watch_samples import curve, tensorboard, wandb_records
 
 TINY = "pretrain --data digits --limit 64 --target pixel --patch-size 4 --batch-size 16 --epochs 3 --device cpu"
 TINY += " --decoder-dim 16 --decoder-depth 1 --decoder-heads 2 --log-every 1 --checkpoint-every 3 --out"
+SHORT = TINY.replace("--checkpoint-every 3 ", "")
 TIMES = ("seconds", "images_per_second", "mfu")
 
 
@@ -37,6 +43,14 @@ def same(one, other):
     return all((one / f).read_bytes() == (other / f).read_bytes() for f in ("encoder.safetensors", "model.safetensors"))
 
 
+def forget_the_end(out):
+    """As if killed right after the last step: without the last checkpoint, and not finished."""
+    sorted((out / "checkpoints").iterdir())[-1].unlink()
+    manifest = (out / "manifest.json").read_text()
+    assert '"status": "finished"' in manifest
+    (out / "manifest.json").write_text(manifest.replace('"status": "finished"', '"status": "running"'))
+
+
 @pytest.fixture
 def offline(monkeypatch):
     pytest.importorskip("wandb")
@@ -51,10 +65,7 @@ def test_tensorboard_shows_the_rows_of_metrics_once_whatever_happened(plain, tmp
     fails(*command, "--max-minutes", "0", code=75)
     fails(*command, "--max-minutes", "0", "--resume", code=75)
     works(*command, "--resume")
-    for newest in sorted((out / "checkpoints").iterdir())[1:]:  # as if killed after step 12, the last checkpoint at 9
-        newest.unlink()
-    manifest = (out / "manifest.json").read_text()
-    (out / "manifest.json").write_text(manifest.replace('"status": "finished"', '"status": "running"'))
+    forget_the_end(out)
     works(*command, "--resume")
     assert rows(out) == rows(plain) and same(out, plain)
     found = curve(out / "tensorboard", "loss")
@@ -67,13 +78,9 @@ def test_tensorboard_shows_the_rows_of_metrics_once_whatever_happened(plain, tmp
 def test_wandb_goes_on_with_one_run_and_gets_each_step_once(offline, plain, tmp_path, works, fails):
     command, out = [*TINY.split(), tmp_path / "a", "--log", "wandb"], tmp_path / "a"
     works(*command)
-    for newest in sorted((out / "checkpoints").iterdir())[1:]:
-        newest.unlink()
+    forget_the_end(out)
     kept = next((out / "checkpoints").iterdir()).name
     assert kept.startswith("step-00000009")
-    (out / "manifest.json").write_text(
-        (out / "manifest.json").read_text().replace('"status": "finished"', '"status": "running"')
-    )
     lines = (out / "metrics.jsonl").read_text().splitlines(keepends=True)
     (out / "metrics.jsonl").write_text("".join(lines[:11]))  # W&B has seen 12 steps, the file 11
     works(*command, "--resume")
@@ -200,8 +207,88 @@ def test_spellings_of_log(tmp_path, fails):
     assert not (tmp_path / "b").exists()
 
 
-def test_of_two_processes_the_first_logs(plain, tmp_path):
+ALL = ["--picture-every", "2", "--probe-every", "2", "--checkpoint-every", "4", "--log", "tensorboard"]
+
+
+@pytest.fixture(scope="module")
+def watched(tmp_path_factory):
+    """The run of 12 steps, 4 an epoch, with all watchers there are."""
     pytest.importorskip("tensorboard")
-    assert start_ranks([*TINY.split(), str(tmp_path / "a"), "--log", "tensorboard"], 2) == [0, 0]
+    out = tmp_path_factory.mktemp("watched") / "run"
+    assert run([*SHORT.split(), str(out), *ALL]) == 0
+    return out
+
+
+def pictures(folder):
+    return {file.name: file.read_bytes() for file in (folder / "pictures").iterdir()}
+
+
+def test_all_of_it_broken_off_in_mid_epoch_and_killed_after_a_look(watched, tmp_path, works, fails):
+    """Killed between steps 9 and 12: the look after step 8 is kept, that after step 12 is repeated."""
+    command, out = [*SHORT.split(), tmp_path / "a", *ALL], tmp_path / "a"
+    fails(*command, "--max-minutes", "0", code=75)
+    works(*command, "--resume")
+    forget_the_end(out)
+    assert [file.name[:13] for file in (out / "checkpoints").iterdir()] == ["step-00000008"]
+    works(*command, "--resume")
+    assert rows(out) == rows(watched) and same(out, watched) and pictures(out) == pictures(watched)
+    assert [row["step"] for row in rows(out) if "knn_cls" in row] == [8, 12]
+    for name, steps in (("loss", range(1, 13)), ("knn_cls", (8, 12))):
+        assert [step for step, _ in curve(out / "tensorboard", name)] == list(steps)
+    assert [event.step for event in tensorboard(out / "tensorboard").Images("pictures")] == [8, 12]
+    result = read_manifest(out)["result"]
+    assert result == read_manifest(watched)["result"] | {name: result[name] for name in TIMES}
+
+
+def test_in_two_processes_the_first_watches(plain, watched, tmp_path):
+    assert start_ranks([*SHORT.split(), str(tmp_path / "a"), *ALL], 2) == [0, 0]
+    assert [(row["step"], "loss" in row) for row in rows(tmp_path / "a")] == [
+        (row["step"], "loss" in row) for row in rows(watched)
+    ]
     assert [step for step, _ in curve(tmp_path / "a" / "tensorboard", "loss")] == list(range(1, 13))
     assert len(list((tmp_path / "a" / "tensorboard").iterdir())) == 1
+    assert sorted(pictures(tmp_path / "a")) == sorted(pictures(watched))
+
+
+def test_sharded_weights_are_seen_whole(watched, tmp_path):
+    assert start_ranks([*SHORT.split(), str(tmp_path / "a"), *ALL, "--strategy", "fsdp"], 1) == [0]
+    assert rows(tmp_path / "a") == rows(watched) and pictures(tmp_path / "a") == pictures(watched)
+
+
+def test_a_look_moves_no_generator_and_its_time_is_told(tmp_path):
+    class Dice:
+        name = "dice"
+
+        def __call__(self, moment):
+            time.sleep(0.05)
+            return Sight(told="six.", figures={"eyes": float(torch.rand(()))}, news=" · 6")
+
+    fabric, model = make_fabric("cpu"), torch.nn.Linear(2, 2)
+    with (
+        RunDirectory(tmp_path / "a", "pretrain", {}) as held,
+        Watchers(fabric, held, every={"dice": 3}, looks=[Dice()]) as watchers,
+        TrainingProgress(40, "test") as progress,
+    ):
+        watchers.begin(progress, 0, 40, per_epoch=4, batch_size=8)
+        before = torch.random.get_rng_state()
+        taken = {step for step in range(1, 41) if watchers.look(step, model, None) > 0.04}
+        assert torch.equal(torch.random.get_rng_state(), before)
+        assert taken == {12, 24, 36, 40} and watchers.news == " · 6"
+        assert [(row["step"], row["images"]) for row in held.metrics()] == [(12, 96), (24, 192), (36, 288), (40, 320)]
+
+
+def test_a_fault_of_ours_is_not_hidden(tmp_path):
+    class Faulty:
+        name = "faulty"
+
+        def __call__(self, moment):
+            return {}["no such key"]
+
+    with (
+        RunDirectory(tmp_path / "a", "pretrain", {}) as held,
+        Watchers(make_fabric("cpu"), held, every={"faulty": 1}, looks=[Faulty()]) as watchers,
+        TrainingProgress(4, "test") as progress,
+    ):
+        watchers.begin(progress, 0, 4, per_epoch=4, batch_size=8)
+        with pytest.raises(KeyError):
+            watchers.look(4, torch.nn.Linear(2, 2), None)

@@ -6,7 +6,7 @@ What fails here ends no training; only a run directory that is gone, or takes no
 
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Any, Protocol, runtime_checkable
 
@@ -47,8 +47,8 @@ class Sight:
 
     told: str
     """One line for the reader."""
-    figures: Mapping[str, float]
-    """For a row of metrics; may be empty."""
+    figures: Mapping[str, float] = field(default_factory=dict)
+    """For a row of metrics."""
     news: str = ""
     """A few characters for the bar."""
     picture: UInt8[np.ndarray, "h w 3"] | None = None

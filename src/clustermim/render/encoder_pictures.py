@@ -20,28 +20,54 @@ def principal_components(features: Float[np.ndarray, "n d"], count: int) -> Floa
 
     Components beyond the rank of the features are zero.
     """
-    centred = np.asarray(features, dtype=np.float64)
-    centred = centred - centred.mean(axis=0)
-    _, _, axes = np.linalg.svd(centred, full_matrices=False)
+    centre, axes = _principal_axes(features, count)
+    return _project(features, centre, axes, count)
+
+
+def _principal_axes(
+    features: Float[np.ndarray, "n d"], count: int
+) -> tuple[Float[np.ndarray, " d"], Float[np.ndarray, "axes d"]]:
+    """The mean of the features, and at most `count` directions in which they differ most."""
+    centre = np.asarray(features, dtype=np.float64).mean(axis=0)
+    _, _, axes = np.linalg.svd(features - centre, full_matrices=False)
     axes = axes[:count]
     largest = np.abs(axes).argmax(axis=1)
-    axes = axes * np.sign(axes[np.arange(len(axes)), largest])[:, None]
-    found: Float[np.ndarray, "n count"] = np.zeros((len(centred), count))
-    found[:, : len(axes)] = centred @ axes.T
+    return centre, axes * np.sign(axes[np.arange(len(axes)), largest])[:, None]
+
+
+def _project(
+    features: Float[np.ndarray, "n d"], centre: Float[np.ndarray, " d"], axes: Float[np.ndarray, "axes d"], count: int
+) -> Float[np.ndarray, "n count"]:
+    found: Float[np.ndarray, "n count"] = np.zeros((len(features), count))
+    found[:, : len(axes)] = (features - centre) @ axes.T
     return found
 
 
 def component_maps(
-    patches: Float[np.ndarray, "images n d"], grid: tuple[int, int]
+    patches: Float[np.ndarray, "images n d"],
+    grid: tuple[int, int],
+    like: Float[np.ndarray, "others n d"] | None = None,
 ) -> list[UInt8[np.ndarray, "rows columns 3"]]:
     """Patch features of several images as colours: red, green and blue are their first three principal components.
 
     The components are those of all patches of all images, so like colours mean like features everywhere. Each is
     stretched from its 2nd to its 98th percentile.
+
+    Parameters
+    ----------
+    patches
+        Features.
+    grid
+        Patches down and across.
+    like
+        Features whose components and percentiles are taken; those of `patches` where None.
     """
     images, count, _ = patches.shape
-    found = principal_components(patches.reshape(images * count, -1), 3)
-    low, high = np.percentile(found, [2, 98], axis=0)
+    model = patches if like is None else like
+    flat = model.reshape(model.shape[0] * count, -1)
+    centre, axes = _principal_axes(flat, 3)
+    low, high = np.percentile(_project(flat, centre, axes, 3), [2, 98], axis=0)
+    found = _project(patches.reshape(images * count, -1), centre, axes, 3)
     scaled = np.clip((found - low) / np.maximum(high - low, 1e-12), 0, 1)
     colours = np.round(scaled * 255).astype(np.uint8).reshape(images, *grid, 3)
     return list(colours)

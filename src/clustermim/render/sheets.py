@@ -169,6 +169,13 @@ def tile_side(count: int) -> int:
     return next(side for most, side in ((16, 96), (64, 75), (256, 51), (576, 36), (10**9, 26)) if count <= most)
 
 
+def sheet_width(tiles: Sequence[Tile], most: int = 1400, least: int = 720) -> int:
+    """Width in pixels of a sheet that whole rows of tiles of their own size fill, with no room left on the right."""
+    step = max(int(tile.picture.shape[1]) for tile in tiles) + _GAP
+    columns = max(1, min(len(tiles), (most - 2 * _MARGIN + _GAP) // step))
+    return max(least, 2 * _MARGIN + columns * step - _GAP)
+
+
 def picture_sheet(
     groups: Sequence[Group], *, title: str, note: str = "", width: int = 1400, dark: bool = False
 ) -> Image.Image:

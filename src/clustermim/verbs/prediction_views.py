@@ -1,16 +1,13 @@
 """What a masked image model predicts of hidden patches: its tokens beside the true ones, or a reconstruction."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import timm
 import torch
 import yaml
-from jaxtyping import Bool, Float, Int64, UInt8
-from torch import Tensor
 
 from clustermim.data.masks import block_masks, random_masks
 from clustermim.data.sources import ImageSource
@@ -19,32 +16,13 @@ from clustermim.encoders.contract import Encoder
 from clustermim.encoders.weights import read_weights
 from clustermim.errors import InputError
 from clustermim.evaluation.evaluating import view_for
-from clustermim.features.patches import patchify
 from clustermim.mim.building import build_model
 from clustermim.mim.contract import MaskedModel
 from clustermim.mim.model import MaskedImageModel
-from clustermim.mim.selecting import split_mask, take_rows
+from clustermim.mim.predicting import Prediction, predict_pixels, predict_tokens
 from clustermim.mim.starting import MODEL_FILE
-from clustermim.render.sheets import to_rgb
 from clustermim.runs import read_manifest
 from clustermim.tokenizers.tokenizer import Tokenizer, load_tokenizer
-
-
-@dataclass(frozen=True, kw_only=True)
-class Prediction:
-    """One image with hidden patches, and what the model makes of them."""
-
-    picture: UInt8[np.ndarray, "h w 3"] = field(repr=False)
-    mask: Bool[np.ndarray, "rows columns"] = field(repr=False)
-    """True where hidden."""
-    true: Int64[np.ndarray, "rows columns"] | None = field(repr=False)
-    """Token of each patch; None for a model that predicts pixels."""
-    predicted: Int64[np.ndarray, "rows columns"] | None = field(repr=False)
-    """The likeliest token of each hidden patch; of the visible ones the true token."""
-    rebuilt: UInt8[np.ndarray, "h w 3"] | None = field(repr=False)
-    """The image with its hidden patches as predicted; None for a model that predicts tokens."""
-    figure: float
-    """Share of the hidden tokens that are predicted right, or mean squared error of the hidden pixels in [0, 1]."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -139,96 +117,31 @@ def look_at_predictions(
         mask = block_masks(seed, 0, index, model.grid, ratio).to(device)
     else:
         mask = random_masks(seed, 0, index, model.num_patches, ratio).to(device)
-    predictions = model(images, mask).float()
-    _, hidden = split_mask(mask)
     target = settings.get("target", "pixel")
     if target == "token":
-        return _tokens(model, images, mask, hidden, predictions, run, ratio)
-    side, channels = model.patch_size, model.channels
-    if target != "pixel" or predictions.shape[2] != side * side * channels:
+        tokenizer = _true_tokenizer(run, manifest, device)
+        if isinstance(tokenizer, str):
+            return Predictions(missing=tokenizer)
+        return Predictions(shown=predict_tokens(model, tokenizer, images, mask), tokenizer=tokenizer, mask_ratio=ratio)
+    if target != "pixel" or model.output_dim != model.patch_size**2 * model.channels:
         return Predictions(missing=f"The target `{target}` of this run is nothing that can be shown as a picture.")
-    norm_pix = bool(settings.get("norm_pix", True))
-    mean, std = (torch.tensor(manifest["data"][key], device=images.device) for key in ("mean", "std"))
-    return _pixels(model, images, mask, hidden, predictions, (mean, std), ratio, norm_pix)
-
-
-def _tokens(
-    model: MaskedModel,
-    images: Float[Tensor, "b c h w"],
-    mask: Bool[Tensor, "b n"],
-    hidden: Int64[Tensor, "b hidden"],
-    predictions: Float[Tensor, "b hidden k"],
-    run: Path,
-    ratio: float,
-) -> Predictions:
-    manifest = read_manifest(run)
-    try:
-        tokenizer = load_tokenizer(_tokenizer_of(run, manifest)).to(images.device)
-    except InputError as error:
-        return Predictions(missing=f"The tokenizer of this run cannot be opened, so there is no truth to show: {error}")
-    wanted = manifest.get("tokenizer_fingerprint")
-    if wanted is not None and tokenizer.fingerprint() != wanted:
-        return Predictions(missing="The tokenizer has been fitted anew since this run, so there is no truth to show.")
-    if tokenizer.requires:
-        return Predictions(missing=f"Tokens of kind {tokenizer.kind} follow from no picture, so none is shown.")
-    true = tokenizer.encode(images)
-    predicted = true.scatter(1, hidden, predictions.argmax(dim=2))
-    right = (true == predicted).gather(1, hidden).float().mean(dim=1)
-    shown = [
-        Prediction(
-            picture=to_rgb(images[i].cpu().numpy()),
-            mask=mask[i].reshape(model.grid).cpu().numpy(),
-            true=true[i].reshape(model.grid).cpu().numpy(),
-            predicted=predicted[i].reshape(model.grid).cpu().numpy(),
-            rebuilt=None,
-            figure=float(right[i]),
-        )
-        for i in range(len(images))
-    ]
-    return Predictions(shown=shown, tokenizer=tokenizer, mask_ratio=ratio)
-
-
-def _pixels(
-    model: MaskedModel,
-    images: Float[Tensor, "b c h w"],
-    mask: Bool[Tensor, "b n"],
-    hidden: Int64[Tensor, "b hidden"],
-    predictions: Float[Tensor, "b hidden d"],
-    statistics: tuple[Tensor, Tensor],
-    ratio: float,
-    norm_pix: bool,
-) -> Predictions:
-    patches = patchify(images, model.patch_size)
-    mean, std = statistics
-    channels = model.channels
-    truth = take_rows(patches, hidden)
-    if norm_pix:
-        scaled = ((truth.reshape(*truth.shape[:2], -1, channels) - mean) / std).flatten(2)
-        variance, centre = torch.var_mean(scaled, dim=-1, keepdim=True)
-        predictions = predictions * (variance + 1e-6).sqrt() + centre
-    pixels = (predictions.reshape(*truth.shape[:2], -1, channels) * std + mean).flatten(2)
-    errors = (pixels - truth).square().mean(dim=(1, 2))
-    whole = patches.scatter(1, hidden[..., None].expand(-1, -1, patches.shape[2]), pixels.clamp(0, 1))
-    rebuilt = unpatchify(whole, model.grid, model.patch_size)
-    shown = [
-        Prediction(
-            picture=to_rgb(images[i].cpu().numpy()),
-            mask=mask[i].reshape(model.grid).cpu().numpy(),
-            true=None,
-            predicted=None,
-            rebuilt=to_rgb(rebuilt[i].cpu().numpy()),
-            figure=float(errors[i]),
-        )
-        for i in range(len(images))
-    ]
+    norm_pix, data = bool(settings.get("norm_pix", True)), manifest["data"]
+    shown = predict_pixels(model, images, mask, mean=data["mean"], std=data["std"], norm_pix=norm_pix)
     return Predictions(shown=shown, mask_ratio=ratio, norm_pix=norm_pix)
 
 
-def unpatchify(patches: Float[Tensor, "b n d"], grid: tuple[int, int], side: int) -> Float[Tensor, "b c h w"]:
-    """The inverse of `patchify`: patches in row-major order, channels last within a patch, as images."""
-    rows, columns = grid
-    cut = patches.reshape(len(patches), rows, columns, side, side, -1)
-    return cut.permute(0, 5, 1, 3, 2, 4).reshape(len(patches), -1, rows * side, columns * side)
+def _true_tokenizer(run: Path, manifest: dict[str, Any], device: str) -> Tokenizer | str:
+    """The tokenizer that a run was trained on, or a sentence that says why it cannot be had."""
+    try:
+        tokenizer = load_tokenizer(_tokenizer_of(run, manifest)).to(device)
+    except InputError as error:
+        return f"The tokenizer of this run cannot be opened, so there is no truth to show: {error}"
+    wanted = manifest.get("tokenizer_fingerprint")
+    if wanted is not None and tokenizer.fingerprint() != wanted:
+        return "The tokenizer has been fitted anew since this run, so there is no truth to show."
+    if tokenizer.requires:
+        return f"Tokens of kind {tokenizer.kind} follow from no picture, so none is shown."
+    return tokenizer
 
 
 def _tokenizer_of(run: Path, manifest: dict[str, Any]) -> str:

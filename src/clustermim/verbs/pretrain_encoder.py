@@ -210,7 +210,7 @@ def pretrain(
     dry_run
         Write nothing; say how large the model is and, from a few measured steps, how long the run takes.
     watch
-        Loggers, and a k-NN probe every few epochs.
+        Loggers, pictures and a k-NN probe every few epochs.
     stream
         How an epoch over a stream is shuffled.
     options
@@ -311,7 +311,7 @@ def pretrain(
     built.encoder.set_grad_checkpointing(activation_checkpointing)
     hidden_count(built.num_patches, mask_ratio)
     check_batch(source, config, fabric.world_size)
-    watching = plan_watch(watch, source, options)
+    watching = plan_watch(watch, source, options, wanted)
 
     settings = {
         "data": str(data) if isinstance(data, str | Path) else source.name,

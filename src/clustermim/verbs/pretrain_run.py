@@ -103,7 +103,7 @@ def carry_out(
         checkpoints = Checkpoints(run.path / "checkpoints", warn=_warn if held is not None else lambda message: None)
         loader = training_loader(*images, config, fabric, workers, resident)
         try:
-            looks = [] if held is None else watch.looks(model, images[0], fabric.device, workers, resident)
+            looks = [] if held is None else watch.looks(model, config, run.path, fabric.device, workers, resident)
             with Watchers(fabric, held, watch.options.log, watch.every, looks) as watchers:
                 row = train(fabric, model, target, loader, config, held, checkpoints, stop, watchers) | watchers.figures
         except NonFiniteLossError:

@@ -4,7 +4,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any
 
-import numpy as np
 from cyclopts import Parameter
 from matplotlib.figure import Figure
 from rich.table import Table
@@ -15,17 +14,17 @@ from clustermim.encoders.contract import Encoder
 from clustermim.encoders.opening import open_encoder
 from clustermim.errors import InputError
 from clustermim.evaluation.evaluating import view_for
+from clustermim.mim.prediction_sheet import HEIGHT, prediction_sheet
 from clustermim.render.encoder_pictures import (
     attention_picture,
     component_maps,
     heat_picture,
-    hide_patches,
     principal_components,
     scatter_chart,
 )
 from clustermim.render.figures import figure_png
 from clustermim.render.page import Page
-from clustermim.render.sheets import Group, Tile, picture_sheet, png, side_by_side, token_map
+from clustermim.render.sheets import Group, Tile, picture_sheet, png, side_by_side
 from clustermim.runs import RunDirectory, atomic_write
 from clustermim.training.launch import Device, resolve_device
 from clustermim.verbs.encoder_views import EncoderView, choose_examples, limited, look_at_encoder, picture_of
@@ -34,8 +33,6 @@ from clustermim.verbs.token_views import look_at_tokens
 
 _ENOUGH = 2000
 """Images that are looked at unless `--limit` says otherwise: enough to find neighbours in."""
-
-_HEIGHT = 160
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -136,7 +133,7 @@ def show(
         files = []
         for picture in pictures:
             sheet = picture_sheet(
-                [Group(title="", tiles=picture.tiles, side=_HEIGHT)],
+                [Group(title="", tiles=picture.tiles, side=HEIGHT)],
                 title=f"{picture.title}: {shown_as}",
                 note=picture.note.replace("**", "").replace("`", ""),
             )
@@ -210,43 +207,21 @@ def _neighbour_picture(view: EncoderView, encoder: Encoder, source: ImageSource)
 
 
 def _prediction_picture(predictions: Predictions, source: ImageSource, captions: Any) -> Picture:
-    tiles: list[Tile] = []
-    hidden = f"{100 * predictions.mask_ratio:.0f} % of the patches hidden"
+    colours = None
     if predictions.tokenizer is not None:
-        seen = look_at_tokens(predictions.tokenizer, source, examples=1)
-        colours = np.full((predictions.tokenizer.vocab_size, 3), 160, dtype=np.uint8)
-        for token, colour in seen.colours().items():
-            colours[token] = colour
-        for found, name in zip(predictions.shown, captions, strict=True):
-            assert found.true is not None and found.predicted is not None
-            cell = max(2, _HEIGHT // found.mask.shape[0])
-            maps = [token_map(found.picture, ids, colours, cell=cell) for ids in (found.predicted, found.true)]
-            parts = [found.picture, hide_patches(found.picture, found.mask), *maps]
-            told = "the image, the same with hidden patches, the predicted and the true tokens"
-            tiles.append(_tile(parts, f"{name}: {100 * found.figure:.0f} % right", told))
-        right = 100 * float(np.mean([found.figure for found in predictions.shown]))
-        note = (
-            f"Each image, the same with {hidden} (grey), the likeliest token of each hidden patch (visible patches "
-            f"have their true one), and the true tokens; like tokens have like colours. {right:.0f} % of the hidden "
-            f"tokens of these images are predicted right."
-        )
-        return Picture(file="predictions.png", title="Predicted tokens", note=note, tiles=tiles)
-    for found, name in zip(predictions.shown, captions, strict=True):
-        assert found.rebuilt is not None
-        parts = [found.picture, hide_patches(found.picture, found.mask), found.rebuilt]
-        told = "the image, the same with hidden patches, and its reconstruction"
-        tiles.append(_tile(parts, f"{name}: squared error {found.figure:.4f}", told))
-    note = f"Each image, the same with {hidden} (grey), and with the hidden patches as predicted."
-    if predictions.norm_pix:
-        note += (
-            " The model predicts patches of mean 0 and variance 1 (norm-pix); they are shown with the true mean and "
-            "spread of each patch, which it was not told."
-        )
-    return Picture(file="predictions.png", title="Reconstructions", note=note, tiles=tiles)
+        colours = look_at_tokens(predictions.tokenizer, source, examples=1).palette()
+    sheet = prediction_sheet(
+        predictions.shown,
+        captions,
+        mask_ratio=predictions.mask_ratio,
+        norm_pix=predictions.norm_pix,
+        colours=colours,
+    )
+    return Picture(file="predictions.png", title=sheet.title, note=sheet.note, tiles=sheet.tiles)
 
 
 def _tile(parts: Any, name: str, told: str) -> Tile:
-    return Tile(picture=side_by_side(parts, _HEIGHT), caption=name, description=f"{name}: {told}")
+    return Tile(picture=side_by_side(parts, HEIGHT), caption=name, description=f"{name}: {told}")
 
 
 def _scatter(view: EncoderView) -> Figure:

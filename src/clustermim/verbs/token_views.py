@@ -35,6 +35,9 @@ from clustermim.tokenizers.tokenizer import Tokenizer
 _GAP = 3
 """Pixels between the patches that share a picture."""
 
+_GREY = 160
+"""Of tokens without a colour of their own."""
+
 _MOST_HIGH = 448
 """Pixels that a token map may be high so that its numbers can be read."""
 
@@ -87,6 +90,13 @@ class TokenView:
     def colours(self) -> dict[int, tuple[int, int, int]]:
         """Token -> its colour; tokens of like pictures get like colours."""
         return dict(self._colours)
+
+    def palette(self) -> UInt8[np.ndarray, "k 3"]:
+        """The same as a table, in order of id; tokens without a picture are grey."""
+        table = np.full((self.vocab_size, 3), _GREY, dtype=np.uint8)
+        for token, colour in self._colours.items():
+            table[token] = colour
+        return table
 
     @cached_property
     def _colours(self) -> dict[int, tuple[int, int, int]]:
@@ -369,9 +379,7 @@ def _percent(share: float) -> str:
 
 def map_tiles(view: TokenView, *, height: int = 160) -> list[Tile]:
     """One tile an image: itself, its tokens, and itself rebuilt of token pictures where those are single patches."""
-    colours = np.full((view.vocab_size, 3), 160, dtype=np.uint8)
-    for token, colour in view.colours().items():
-        colours[token] = colour
+    colours = view.palette()
     side = view.maps[0].picture.shape[0] // view.maps[0].ids.shape[0] if view.maps else 0
     single = {int(t): p for t, p in zip(view.tokens, view.pictures, strict=True) if p.shape[:2] == (side, side)}
     tiles = []
