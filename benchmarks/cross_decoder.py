@@ -1,17 +1,18 @@
 """Does CrossMAE's decoder cost quality? Cross against self decoder on CIFAR-10, at equal epochs and at equal wall time.
 
-    python benchmarks/cross_decoder.py --data ../shared/data/cifar10 --work runs/cross_decoder [--epochs 10]
+    python benchmarks/cross_decoder.py --data ../shared/data/cifar10 --work runs/cross_decoder [--limit 5000]
 
 `vit_micro`, patch 4, pixels (norm-pix), three seeds. Arms: the self decoder (MAE's), the cross decoder that predicts a
 quarter of the hidden patches for as many epochs, and the same for as many epochs as take the self decoder's time
-(from the images a second that the runs themselves report). All are judged by k-NN and the linear probe. Every step is a
-command of the public command line; a killed run goes on where it was, and results appear once all are there.
+(from the images a second that the first two runs report, which go side by side). Two runs go at a time, one thread
+each. All are judged by k-NN and the linear probe. Every step is a command of the public command line; a killed run
+goes on where it was, and results appear once all are there.
 """
 
 import argparse
 import json
 import statistics
-import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -42,9 +43,10 @@ def pretrain(steps: Steps, options: argparse.Namespace, name: str, seed: int, ep
         "--data",
         options.data,
     )
-    shared += ("--batch-size", options.batch_size, "--seed", seed, "--epochs", epochs, "--resume", "--out", out)
+    shared += ("--batch-size", options.batch_size, "--precision", options.precision, "--lr", options.lr)
+    shared += ("--seed", seed, "--epochs", epochs, "--resume", "--out", out)
     shared += () if options.limit is None else ("--limit", options.limit)
-    steps.run(f"pretrain-{out.name}", command("pretrain", *shared, *more))
+    steps.run(f"pretrain-{out.name}", command("pretrain", *shared, *more), threads=1)
     return out
 
 
@@ -69,24 +71,31 @@ def main() -> None:
     parser.add_argument("--epochs", type=int, default=10, help="of the self decoder")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--batch-size", type=int, default=256)
-    parser.add_argument("--limit", type=int, help="train and probe on so many images; nothing is recorded then")
+    parser.add_argument("--limit", type=int, help="train and probe on so many images")
+    parser.add_argument("--precision", default="bf16-mixed")
+    parser.add_argument("--lr", default="1e-3", help="for 256 images; the same for all arms")
     options = parser.parse_args()
     options.work.mkdir(parents=True, exist_ok=True)
     started, steps = provenance(), Steps(options.work)
-    runs: list[Path] = []
-    speeds: list[dict[str, Any]] = []
-    for seed in range(options.seeds):
-        own = pretrain(steps, options, "self", seed, options.epochs)
-        cross = pretrain(steps, options, "cross", seed, options.epochs, *CROSS)
+    arms: list[tuple[str, tuple[object, ...]]] = [("self", ()), ("cross", CROSS)]
+
+    def train(arm: str, more: tuple[object, ...], seed: int, epochs: int) -> Path:
+        return pretrain(steps, options, arm, seed, epochs, *more)
+
+    with ThreadPoolExecutor(2) as pool:
+        first = list(pool.map(lambda arm: train(*arm, 0, options.epochs), arms))
         # The epochs of equal time are settled once, by the first seed, and kept for a resumed run.
         settled = options.work / "equal_time.json"
         if not settled.exists():
-            settled.write_text(json.dumps(max(1, round(options.epochs * rate(cross) / rate(own)))))
+            settled.write_text(json.dumps(max(1, round(options.epochs * rate(first[1]) / rate(first[0])))))
         longer = json.loads(settled.read_text())
-        equal = pretrain(steps, options, "cross-equal-time", seed, longer, *CROSS)
-        runs += [own, cross, equal]
-        for run, epochs in ((own, options.epochs), (cross, options.epochs), (equal, longer)):
-            speeds.append({"run": run.name, "epochs": epochs, "images_per_second": rate(run)})
+        todo = [(*arm, seed, options.epochs) for seed in range(options.seeds) for arm in arms]
+        todo += [("cross-equal-time", CROSS, seed, longer) for seed in range(options.seeds)]
+        runs = list(pool.map(lambda one: train(*one), todo))
+    speeds = [
+        {"run": run.name, "epochs": epochs, "images_per_second": rate(run)}
+        for run, (_, _, _, epochs) in zip(runs, todo, strict=True)
+    ]
     judged = options.work / "probe.json"
     probing: tuple[object, ...] = ("--data", options.data, "--protocol", "knn", "linear", "--json", judged)
     probing += () if options.limit is None else ("--limit", options.limit)
@@ -96,10 +105,11 @@ def main() -> None:
         row["encoder"] = Path(row["encoder"]).name
     for line in (*speeds, *summary(rows)):
         print(json.dumps(line))
-    if options.limit is not None:
-        sys.exit(0)
     commands = list(steps.done.values())
-    print(record("cross_decoder", summary(rows), started=started, speeds=speeds, all_rows=rows, commands=commands))
+    how = {"limit": options.limit, "epochs": options.epochs, "epochs_of_equal_time": longer}
+    print(
+        record("cross_decoder", summary(rows), started=started, **how, speeds=speeds, all_rows=rows, commands=commands)
+    )
 
 
 if __name__ == "__main__":

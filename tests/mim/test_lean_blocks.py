@@ -6,8 +6,9 @@ import pytest
 import torch
 from timm.models.vision_transformer import Block
 
+from clustermim.mim.crossing import CrossBlock
 from clustermim.mim.last_block import LastBlock
-from clustermim.mim.lean_blocks import LeanBlock, LeanLastBlock, make_lean
+from clustermim.mim.lean_blocks import LeanBlock, LeanCrossBlock, LeanLastBlock, make_lean
 
 
 def pair(dtype=torch.float32, **options):
@@ -70,6 +71,45 @@ def test_the_lean_last_block_in_bf16_is_as_near_to_the_truth_as_the_other():
     last.zero_grad()
     theirs = results(lambda x: last(x, 3), x, True, of=last)
     for truth, plain, ours in zip(exact, theirs, results(lambda x: lean(x, 3), x, True, of=lean), strict=True):
+        assert ours.dtype == torch.float32
+        assert (ours - truth).norm() <= 1.5 * (plain.float() - truth).norm() + 1e-3 * truth.norm()
+
+
+def cross_pair(dtype=torch.float32):
+    torch.manual_seed(1)
+    block = CrossBlock(24, 3).to(dtype)
+    with torch.no_grad():
+        for parameter in block.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    lean = copy.deepcopy(block)
+    assert make_lean(lean) == 1
+    assert isinstance(lean, LeanCrossBlock)
+    return block, lean
+
+
+def cross_results(block, autocast=False, dtype=torch.float32):
+    """Output and all gradients, that of the context too."""
+    draw = torch.Generator().manual_seed(2)
+    context = torch.randn(5, 7, 24, dtype=dtype, generator=draw).requires_grad_()
+    x = torch.randn(5, 4, 24, dtype=dtype, generator=draw)
+    return [*results(lambda x: block(x, context), x, autocast, of=block), context.grad]
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-12), (torch.float32, 1e-5)])
+def test_cross_attention_and_every_gradient(dtype, tolerance):
+    block, lean = cross_pair(dtype)
+    for one, two in zip(cross_results(block, dtype=dtype), cross_results(lean, dtype=dtype), strict=True):
+        torch.testing.assert_close(one, two, atol=tolerance, rtol=tolerance)
+    with torch.no_grad():
+        x = torch.randn(2, 3, 24, dtype=dtype)
+        assert torch.equal(block(x, x), lean(x, x))
+
+
+def test_cross_attention_in_bf16_is_as_near_to_the_truth():
+    block, lean = cross_pair()
+    exact = cross_results(block)
+    block.zero_grad()
+    for truth, plain, ours in zip(exact, cross_results(block, True), cross_results(lean, True), strict=True):
         assert ours.dtype == torch.float32
         assert (ours - truth).norm() <= 1.5 * (plain.float() - truth).norm() + 1e-3 * truth.norm()
 

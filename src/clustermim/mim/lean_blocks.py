@@ -16,6 +16,7 @@ from timm.layers.mlp import Mlp
 from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
+from clustermim.mim.crossing import CrossBlock
 from clustermim.mim.last_block import LastBlock
 from clustermim.products import linear
 
@@ -44,19 +45,45 @@ class LeanLastBlock(LastBlock):
         return _through_halves(self, x, start) if _trained_here(x) else super().forward(x, start)
 
 
+class LeanCrossBlock(CrossBlock):
+    """A `CrossBlock` that computes so."""
+
+    def forward(self, queries: Float[Tensor, "b q d"], context: Float[Tensor, "b c d"]) -> Float[Tensor, "b q d"]:
+        """The queries after one look at the context, in their precision."""
+        if not _trained_here(queries):
+            return super().forward(queries, context)
+        low = _precision(queries)
+        queries, context = (x.to(torch.float32) if low != torch.float64 else x for x in (queries, context))
+        queries = _CrossHalf.apply(
+            queries, context, self.norm1.weight, self.norm1.bias, self.norm_context.weight, self.norm_context.bias,
+            self.q.weight, self.q.bias, self.kv.weight, self.kv.bias, self.proj.weight, self.proj.bias,
+            self.num_heads, self.norm1.eps, low,
+        )  # fmt: skip
+        return _through_mlp(self, queries, low)
+
+
+def _precision(x: Tensor) -> torch.dtype:
+    """What products of x are computed in."""
+    return torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else x.dtype
+
+
 def _trained_here(x: Tensor) -> bool:
     return torch.is_grad_enabled() and x.device.type == "cpu"
 
 
 def _through_halves(block: Block, x: Tensor, start: int) -> Tensor:
     """What a block makes of the tokens x[:, start:]."""
-    low = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else x.dtype
-    attention, mlp = cast(Attention, block.attn), cast(Mlp, block.mlp)
+    low, attention = _precision(x), cast(Attention, block.attn)
     x = _AttentionHalf.apply(
         x.to(torch.float32) if low != torch.float64 else x, block.norm1.weight, block.norm1.bias,
         attention.qkv.weight, attention.qkv.bias, attention.proj.weight, attention.proj.bias,
         attention.num_heads, start, block.norm1.eps, low,
     )  # fmt: skip
+    return _through_mlp(block, x, low)
+
+
+def _through_mlp(block: Block | CrossBlock, x: Tensor, low: torch.dtype) -> Tensor:
+    mlp = cast(Mlp, block.mlp)
     found: Tensor = _MlpHalf.apply(
         x, block.norm2.weight, block.norm2.bias, mlp.fc1.weight, mlp.fc1.bias, mlp.fc2.weight, mlp.fc2.bias,
         block.norm2.eps, low,
@@ -65,19 +92,22 @@ def _through_halves(block: Block, x: Tensor, start: int) -> Tensor:
 
 
 def make_lean(model: nn.Module) -> int:
-    """Let each plain timm block of `model` compute itself as a `LeanBlock`; says how many there were.
+    """Let each plain timm block and each of our decoders' blocks compute itself as above; says how many there were.
 
     Blocks with dropout, layer scale, normed queries or another activation stay as they are.
     """
-    lean: dict[type, type] = {Block: LeanBlock, LastBlock: LeanLastBlock}
-    blocks = [module for module in model.modules() if type(module) in lean and _plain(cast(Block, module))]
+    lean: dict[type, type] = {Block: LeanBlock, LastBlock: LeanLastBlock, CrossBlock: LeanCrossBlock}
+    blocks = [module for module in model.modules() if type(module) in lean and _plain(module)]
     for block in blocks:
         block.__class__ = lean[type(block)]
     return len(blocks)
 
 
-def _plain(block: Block) -> bool:
+def _plain(block: nn.Module) -> bool:
     """Whether a block is x + attention(norm(x)), x + mlp(norm(x)) and nothing more."""
+    if isinstance(block, CrossBlock):
+        return block.q.bias is not None
+    assert isinstance(block, Block)
     attention, mlp = block.attn, block.mlp
     if type(attention) is not Attention or type(mlp) is not Mlp:
         return False
@@ -148,6 +178,51 @@ class _AttentionHalf(torch.autograd.Function):
         return (
             of_x, of_norm, of_shift, of_qkv.to(kind), of_qkv_bias.to(kind), of_proj.to(kind),
             of_proj_bias.to(kind), None, None, None, None,
+        )  # fmt: skip
+
+
+class _CrossHalf(torch.autograd.Function):
+    """x + proj(attention(q(norm(x)), kv(norm(context))))."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, context: Tensor, norm: Tensor, shift: Tensor, other_norm: Tensor, other_shift: Tensor,
+        q: Tensor, q_bias: Tensor, kv: Tensor, kv_bias: Tensor, proj: Tensor, proj_bias: Tensor,
+        heads: int, eps: float, low: torch.dtype,
+    ) -> Tensor:  # fmt: skip
+        q_low, kv_low, proj_low = q.to(low), kv.to(low), proj.to(low)
+        normed, *of_x = torch.native_layer_norm(x, x.shape[-1:], norm, shift, eps)
+        seen, *of_context = torch.native_layer_norm(context, x.shape[-1:], other_norm, other_shift, eps)
+        queries = linear(_rows(normed.to(low)), q_low, q_bias.to(low)).view_as(x)
+        packed = linear(_rows(seen.to(low)), kv_low, kv_bias.to(low)).view(*context.shape[:2], -1)
+        mixed = _attend(queries, packed, heads)
+        out = linear(_rows(mixed), proj_low, proj_bias.to(low)).view_as(mixed)
+        ctx.save_for_backward(
+            x, norm, shift, *of_x, context, other_norm, other_shift, *of_context, q_low, kv_low, proj_low, queries,
+            packed, mixed,
+        )  # fmt: skip
+        ctx.heads, ctx.low = heads, low
+        return x + out
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        *saved, q, kv, proj, queries, packed, mixed = ctx.saved_tensors
+        norm, other = saved[:5], saved[5:]
+        kind = norm[1].dtype
+        inner = _rows(grad.to(ctx.low))
+        of_mixed = linear(inner, proj.t()).view_as(mixed)
+        of_queries, of_packed = torch.empty_like(queries), torch.empty_like(packed)
+        _attend_backward(of_mixed, queries, packed, ctx.heads, of_queries, of_packed)
+        found: list[list[Tensor]] = []
+        for given, weight, (x, scale, shift, mean, rstd) in ((of_queries, q, norm), (of_packed, kv, other)):
+            given = _rows(given)
+            of_weight = given.t() @ _rows(_normed(x, scale, shift, mean, rstd).to(ctx.low))
+            of_x, of_scale, of_shift = _norm_backward(linear(given, weight.t()).view_as(x), x, scale, shift, mean, rstd)
+            found.append([of_x, of_scale, of_shift, of_weight.to(kind), given.sum(0).to(kind)])
+        (of_x, *of_norm, of_q, of_q_bias), (of_context, *of_other, of_kv, of_kv_bias) = found
+        return (
+            of_x.add_(grad), of_context, *of_norm, *of_other, of_q, of_q_bias, of_kv, of_kv_bias,
+            (inner.t() @ _rows(mixed)).to(kind), inner.sum(0).to(kind), None, None, None,
         )  # fmt: skip
 
 

@@ -148,7 +148,7 @@ class TwoLevelCodebook(Codebook):
         order = cells.flatten().argsort(stable=True)
         row = order // probes  # pairs of row and cell, cell after cell
         bounds = [0, *torch.bincount(cells.flatten(), minlength=self.num_cells).cumsum(0).tolist()]
-        sorted_rows = x[row]
+        sorted_rows = x.index_select(0, row)
         candidate = torch.empty(len(row), dtype=torch.int64, device=x.device)
         starts = self.offsets.tolist()
         for cell, search in enumerate(inside):
@@ -165,7 +165,7 @@ class TwoLevelCodebook(Codebook):
         self, x: Float[Tensor, "pairs d"], row: Tensor, candidate: Tensor, n: int, probes: int
     ) -> Int64[Tensor, " n"]:
         """For each row the best of its candidates: by float32 differences, and where those nearly tie, in float64."""
-        c = self.centroids[candidate]
+        c = self.centroids.index_select(0, candidate)
         if self.metric == "l2":
             distance = (x - c).square_().sum(1)
             share, lost = (self.dim + 8) * 2.0**-22, 1e-37
