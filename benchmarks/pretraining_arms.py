@@ -80,7 +80,7 @@ def ours(
             epochs=1, batch_size=BATCH, base_lr=LR, mask_ratio=RATIO, predict_ratio=predict, compile=compile
         )
         masking = Masking(config, model.grid)
-        choose_kernels(model, fabric, compile=compile)
+        choose_kernels(model, fabric)
         adamw: Any = make_adamw(model, lr=LR, weight_decay=DECAY, betas=BETAS)
         forward, optimiser = fabric.setup(compiled(model) if compile else model, adamw)
         fabric.to_device(wanted)

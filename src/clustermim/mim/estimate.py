@@ -43,7 +43,7 @@ def estimate(
     masking = Masking(config, model.grid)
     flops = training_flops(model, masking.hidden, masking.asked)
     able = peak_flops(fabric.device, str(fabric.strategy.precision.precision))
-    choose_kernels(model, fabric, compile=config.compile)
+    choose_kernels(model, fabric)
     forward, optimiser = set_up(fabric, compiled(model) if config.compile else model, partial(make_adamw, lr=1e-6))
     fabric.to_device(target)
     cuda = fabric.device.type == "cuda"

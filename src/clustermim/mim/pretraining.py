@@ -7,7 +7,6 @@ from typing import Any, Literal, Protocol, get_args, runtime_checkable
 
 import torch
 from lightning_fabric import Fabric
-from timm.layers.attention import Attention
 from timm.utils.model_ema import ModelEmaV3
 from torch import Tensor, nn
 
@@ -252,7 +251,7 @@ def train(
     masking = Masking(config, model.grid)
     flops = training_flops(model, masking.hidden, masking.asked)
     able = peak_flops(fabric.device, str(fabric.strategy.precision.precision))
-    choose_kernels(model, fabric, compile=config.compile)
+    choose_kernels(model, fabric)
     make = partial(make_adamw, lr=peak, weight_decay=config.weight_decay)
     forward, optimiser = set_up(fabric, compiled(model) if config.compile else model, make)
     predict = keeping_width(forward, fabric)
@@ -345,16 +344,7 @@ def compiled(model: nn.Module) -> nn.Module:
     return found  # type: ignore[no-any-return]
 
 
-def choose_kernels(model: nn.Module, fabric: Fabric, *, compile: bool = False) -> None:
-    """On a CPU, compute blocks as `lean_blocks` does; where the compiler shall do it, only spare it a slow kernel.
-
-    PyTorch's fused attention has a backward pass in bfloat16 that is ten times slower there than plain products.
-    """
-    if fabric.device.type != "cpu":
-        return
-    if not compile:
+def choose_kernels(model: nn.Module, fabric: Fabric) -> None:
+    """On a CPU, compute blocks as `lean_blocks` does, which `torch.compile` then leaves alone: it made them slower."""
+    if fabric.device.type == "cpu":
         make_lean(model)
-    elif "bf16" in str(fabric.strategy.precision.precision):
-        for module in model.modules():
-            if isinstance(module, Attention):
-                module.fused_attn = False  # type: ignore[misc]  # final only for TorchScript
