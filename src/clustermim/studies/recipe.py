@@ -23,7 +23,7 @@ SAME_FOR_ALL = frozenset(
 
 _NOT_IN_RECIPES = frozenset(
     {"data", "out", "resume", "dry_run", "seed", "device", "devices", "json", "options", "max_minutes", "vqvae"}
-    | {"steps", "stream"}  # a study counts in epochs of images that can be opened whole
+    | {"steps", "stream", "watch"}  # a study counts in epochs of images that can be opened whole
 )
 _TOP = (
     "title",
