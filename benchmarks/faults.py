@@ -131,7 +131,7 @@ def same(one: Path, other: Path) -> bool:
     from clustermim.runs import read_manifest, read_metrics
 
     def rows(run: Path) -> list[dict[str, Any]]:
-        times = ("seconds", "images_per_second")
+        times = ("seconds", "images_per_second", "mfu")
         return [{key: value for key, value in row.items() if key not in times} for row in read_metrics(run)]
 
     weights = ("encoder.safetensors", "model.safetensors")

@@ -1,6 +1,6 @@
 """A vocabulary of 65,536 on CIFAR-10's 3.2 M patches: K-means on two levels beside brute force.
 
-    python benchmarks/large_vocabulary.py --data /path/to/cifar10 [--k 65536] [--quick]
+    python benchmarks/large_vocabulary.py --data /path/to/cifar10 [--k 65536] [--quick] [--only-fit]
 
 Two levels, in a process of its own that streams the patches (4x4x3 normalised pixels) from a file: seconds and peak
 memory of the fit, seconds to assign all patches, and for 1, 2, 4, ... probes the error and the speed on a random part
@@ -68,8 +68,8 @@ def error(x: torch.Tensor, centroids: torch.Tensor, ids: torch.Tensor) -> float:
     return sum(float((part.double() - centroids[i].double()).square().sum()) for part, i in parts) / len(x)
 
 
-def two_levels(path: Path, k: int, judged: int, timed: int) -> dict[str, Any]:
-    """Fit, assign, and the curve of error against speed."""
+def two_levels(path: Path, k: int, judged: int, timed: int, only_fit: bool) -> dict[str, Any]:
+    """Fit, and unless that is all, assign, and the curve of error against speed."""
     from clustermim.tokenizers.assigning import Assigner
     from clustermim.tokenizers.nearest import nearest_to
     from clustermim.tokenizers.twolevelfit import fit_two_levels
@@ -88,6 +88,8 @@ def two_levels(path: Path, k: int, judged: int, timed: int) -> dict[str, Any]:
         "inertia_per_patch": fitted.inertia / n,
         "used": int((fitted.counts > 0).sum()),
     }
+    if only_fit:
+        return found
     book.assign(next(stream(path)))
     blocks = list(stream(path))
     found["assign_seconds"] = median_seconds(lambda: [book.assign(block) for block in _joined(blocks)])
@@ -167,6 +169,7 @@ if __name__ == "__main__":
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--flat-steps", type=int, default=10)
     parser.add_argument("--quick", action="store_true", help="2,000 images and a small K; printed and not recorded")
+    parser.add_argument("--only-fit", action="store_true", help="seconds and memory of the fit; not recorded")
     parser.add_argument("--worker", choices=("two-levels", "flat"), help=argparse.SUPPRESS)
     parser.add_argument("--patches", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -175,7 +178,7 @@ if __name__ == "__main__":
     if options.worker:
         torch.set_num_threads(options.threads)
         if options.worker == "two-levels":
-            print(json.dumps(two_levels(options.patches, k, judged, timed)))
+            print(json.dumps(two_levels(options.patches, k, judged, timed, options.only_fit)))
         else:
             print(json.dumps(flat(options.patches, k, judged, options.flat_steps)))
         sys.exit()
@@ -183,6 +186,9 @@ if __name__ == "__main__":
         path = Path(folder) / "patches.npy"
         write_patches(options.data, 2000 if options.quick else None, path)
         ours = in_process(options, "two-levels", path)
+        if options.only_fit:
+            print(json.dumps(ours))
+            sys.exit()
         brute = in_process(options, "flat", path)
     brute["fit_seconds_scaled"] = brute["steps"] * ours["brute_assign_seconds_scaled"]
     brute["patches_per_second"] = ours["patches"] / ours["brute_assign_seconds_scaled"]
