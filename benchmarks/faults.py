@@ -40,6 +40,7 @@ RESUME = "--resume"
 def attempt(out: Path, said: Path, extra: list[str], fault: tuple[str, int, str] | None, counts: Path | None) -> None:
     """One process: the command line, with a fault in it or not."""
     os.setsid()  # a group of its own, as a job has
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # whoever starts this in the background has it ignored
     handle = os.open(said, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(handle, 1)
     os.dup2(handle, 2)
