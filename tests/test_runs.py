@@ -1,6 +1,8 @@
+import errno
 import json
 import os
 import socket
+import stat
 import subprocess
 import sys
 import time
@@ -154,6 +156,27 @@ def test_a_failed_write_leaves_the_old_file_and_no_rubbish(tmp_path: Path) -> No
         atomic_save(target, writer)
     assert target.read_bytes() == b"old"
     assert [entry.name for entry in tmp_path.iterdir()] == ["file.bin"]
+
+
+@pytest.mark.parametrize("code", [errno.ENOSPC, errno.EIO, errno.EROFS, errno.EINVAL, errno.ENOTSUP])
+def test_a_folder_that_cannot_be_synced_is_told_where_the_disk_is_in_trouble(
+    code: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = os.fsync
+
+    def broken(handle: int) -> None:
+        if stat.S_ISDIR(os.fstat(handle).st_mode):
+            raise OSError(code, os.strerror(code))
+        whole(handle)
+
+    monkeypatch.setattr(os, "fsync", broken)
+    if code in (errno.EINVAL, errno.ENOTSUP):  # a file system that has no such thing
+        atomic_write(tmp_path / "a", "new")
+    else:
+        with pytest.raises(ResourceError, match=os.strerror(code)):
+            atomic_write(tmp_path / "a", "new")
+    assert [file.name for file in tmp_path.iterdir()] == ["a"]
+    assert (tmp_path / "a").read_text() == "new"
 
 
 def test_what_is_no_run_says_so(tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ what made it, `metrics.jsonl` grows by a row a log step, and a lease lock keeps 
 """
 
 import contextlib
+import errno
 import json
 import os
 import platform
@@ -61,7 +62,6 @@ def atomic_save(path: str | Path, writer: Callable[[Path], None]) -> None:
         os.umask(umask)
         temporary.chmod(0o666 & ~umask)
         temporary.replace(path)
-        _sync_folder(path.parent)
     except Exception as error:
         reason = _system_reason(error)
         if reason is None:
@@ -71,6 +71,7 @@ def atomic_save(path: str | Path, writer: Callable[[Path], None]) -> None:
         if temporary is not None:
             with contextlib.suppress(OSError):  # a disk that has just become read-only keeps it
                 temporary.unlink(missing_ok=True)
+    _sync_folder(path.parent)
 
 
 def unwritable(path: str | Path, reason: object) -> ResourceError:
@@ -108,12 +109,22 @@ def _write_bytes(path: Path, content: bytes) -> None:
 
 def _sync_folder(folder: Path) -> None:
     """Make a rename durable. Some file systems cannot sync a folder, and then there is nothing to do."""
-    with contextlib.suppress(OSError):
+    try:
         handle = os.open(folder, os.O_RDONLY)
         try:
             os.fsync(handle)
         finally:
             os.close(handle)
+    except OSError as error:
+        if error.errno not in _CANNOT_SYNC:
+            raise ResourceError(
+                f"{folder} could not be brought to the disk: {error.strerror or error}. Free some space, or make the "
+                "folder writable again; what stands there is whole, but a power cut might take it back."
+            ) from error
+
+
+_CANNOT_SYNC = (errno.EINVAL, errno.ENOTSUP, errno.EBADF, errno.EACCES, errno.EPERM)
+"""What systems say that cannot sync a folder; anything else is a disk in trouble."""
 
 
 def environment_facts() -> dict[str, Any]:
