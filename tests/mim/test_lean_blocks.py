@@ -11,12 +11,17 @@ from clustermim.mim.last_block import LastBlock
 from clustermim.mim.lean_blocks import LeanBlock, LeanCrossBlock, LeanLastBlock, make_lean
 
 
-def pair(dtype=torch.float32, **options):
+def shaken(block):
+    """The block with noise on every parameter, so that none is zero or one."""
     torch.manual_seed(0)
-    block = Block(24, 3, qkv_bias=True, **options).to(dtype)
     with torch.no_grad():
         for parameter in block.parameters():
             parameter.add_(0.1 * torch.randn_like(parameter))
+    return block
+
+
+def pair(dtype=torch.float32, **options):
+    block = shaken(Block(24, 3, qkv_bias=True, **options).to(dtype))
     lean = copy.deepcopy(block)
     assert make_lean(lean) == 1
     assert isinstance(lean, LeanBlock)
@@ -76,11 +81,7 @@ def test_the_lean_last_block_in_bf16_is_as_near_to_the_truth_as_the_other():
 
 
 def cross_pair(dtype=torch.float32):
-    torch.manual_seed(1)
-    block = CrossBlock(24, 3).to(dtype)
-    with torch.no_grad():
-        for parameter in block.parameters():
-            parameter.add_(0.1 * torch.randn_like(parameter))
+    block = shaken(CrossBlock(24, 3).to(dtype))
     lean = copy.deepcopy(block)
     assert make_lean(lean) == 1
     assert isinstance(lean, LeanCrossBlock)

@@ -34,7 +34,7 @@ class LeanBlock(Block):
         if attn_mask is not None or is_causal or not _trained_here(x):
             whole: Tensor = super().forward(x, attn_mask=attn_mask, is_causal=is_causal)
             return whole
-        ours: Tensor = _through_halves(self, x, 0)
+        ours: Tensor = _through_halves(self, x)
         return ours
 
 
@@ -43,7 +43,7 @@ class LeanLastBlock(LastBlock):
 
     def forward(self, x: Float[Tensor, "b n d"], start: int) -> Float[Tensor, "b m d"]:  # type: ignore[override]
         """The block's output for the tokens x[:, start:], in the precision of x."""
-        return _through_halves(self, x, start) if _trained_here(x) else super().forward(x, start)
+        return _last_through_halves(self, x, start) if _trained_here(x) else super().forward(x, start)
 
 
 class LeanCrossBlock(CrossBlock):
@@ -65,28 +65,43 @@ def _trained_here(x: Tensor) -> bool:
 
 
 @torch.compiler.disable  # type: ignore[untyped-decorator]  # compiled it is a tenth slower
-def _through_halves(block: Block, x: Tensor, start: int) -> Tensor:
-    """What a block makes of the tokens x[:, start:]."""
-    low, attention = _precision(x), cast(Attention, block.attn)
+def _through_halves(block: Block, x: Tensor) -> Tensor:
+    """What a block makes of tokens x."""
+    attention, low = cast(Attention, block.attn), _precision(x)
     x = _AttentionHalf.apply(
-        x.to(torch.float32) if low != torch.float64 else x, block.norm1.weight, block.norm1.bias,
-        attention.qkv.weight, attention.qkv.bias, attention.proj.weight, attention.proj.bias,
-        attention.num_heads, start, block.norm1.eps, low,
+        _wide(x, low), block.norm1.weight, block.norm1.bias, attention.qkv.weight, attention.qkv.bias,
+        attention.proj.weight, attention.proj.bias, attention.num_heads, block.norm1.eps, low,
     )  # fmt: skip
     return _through_mlp(block, x, low)
+
+
+@torch.compiler.disable  # type: ignore[untyped-decorator]
+def _last_through_halves(block: LastBlock, x: Tensor, start: int) -> Tensor:
+    """What a block makes of the tokens x[:, start:], which look at all of x: both by one norm and one projection."""
+    attention, low, dim = cast(Attention, block.attn), _precision(x), x.shape[-1]
+    norm, qkv, x = (block.norm1.weight, block.norm1.bias), attention.qkv, _wide(x, low)
+    last = _CrossHalf.apply(
+        x[:, start:], x, *norm, *norm, qkv.weight[:dim], qkv.bias[:dim], qkv.weight[dim:], qkv.bias[dim:],
+        attention.proj.weight, attention.proj.bias, attention.num_heads, block.norm1.eps, low,
+    )  # fmt: skip
+    return _through_mlp(block, last, low)
 
 
 @torch.compiler.disable  # type: ignore[untyped-decorator]
 def _across(block: CrossBlock, x: Tensor, context: Tensor) -> Tensor:
     """What a block makes of queries x and their context."""
     low = _precision(x)
-    x, context = (given.to(torch.float32) if low != torch.float64 else given for given in (x, context))
     x = _CrossHalf.apply(
-        x, context, block.norm1.weight, block.norm1.bias, block.norm_context.weight, block.norm_context.bias,
-        block.q.weight, block.q.bias, block.kv.weight, block.kv.bias, block.proj.weight, block.proj.bias,
-        block.num_heads, block.norm1.eps, low,
+        _wide(x, low), _wide(context, low), block.norm1.weight, block.norm1.bias, block.norm_context.weight,
+        block.norm_context.bias, block.q.weight, block.q.bias, block.kv.weight, block.kv.bias, block.proj.weight,
+        block.proj.bias, block.num_heads, block.norm1.eps, low,
     )  # fmt: skip
     return _through_mlp(block, x, low)
+
+
+def _wide(x: Tensor, low: torch.dtype) -> Tensor:
+    """X as norms and sums are computed: in 32 bits, or in 64 where all is."""
+    return x.to(torch.float32) if low != torch.float64 else x
 
 
 def _through_mlp(block: Block | CrossBlock, x: Tensor, low: torch.dtype) -> Tensor:
@@ -135,56 +150,37 @@ def _plain(block: nn.Module) -> bool:
 
 
 class _AttentionHalf(torch.autograd.Function):
-    """x + proj(attention(qkv(norm(x)))), for the tokens from `start` on; all are keys and values."""
+    """x + proj(attention(qkv(norm(x))))."""
 
     @staticmethod
     def forward(
         ctx: Any, x: Tensor, norm: Tensor, shift: Tensor, qkv: Tensor, qkv_bias: Tensor, proj: Tensor,
-        proj_bias: Tensor, heads: int, start: int, eps: float, low: torch.dtype,
+        proj_bias: Tensor, heads: int, eps: float, low: torch.dtype,
     ) -> Tensor:  # fmt: skip
-        qkv_low, proj_low, bias, dim = qkv.to(low), proj.to(low), qkv_bias.to(low), x.shape[-1]
+        qkv_low, proj_low, dim = qkv.to(low), proj.to(low), x.shape[-1]
         normed, mean, rstd = torch.native_layer_norm(x, x.shape[-1:], norm, shift, eps)
-        normed = normed.to(low)
-        if start:
-            q = linear(_rows(normed[:, start:]), qkv_low[:dim], bias[:dim]).view(len(x), -1, dim)
-            kv = linear(_rows(normed), qkv_low[dim:], bias[dim:]).view(*x.shape[:2], -1)
-        else:  # one product is faster than two
-            packed = linear(_rows(normed), qkv_low, bias).view(*x.shape[:2], -1)
-            q, kv = packed[..., :dim], packed[..., dim:]
-        mixed = _attend(q, kv, heads)
-        out = linear(_rows(mixed), proj_low, proj_bias.to(low)).view_as(mixed)
-        ctx.save_for_backward(x, norm, shift, mean, rstd, qkv_low, proj_low, q, kv, mixed)
-        ctx.heads, ctx.start, ctx.low = heads, start, low
-        return x[:, start:] + out
+        packed = linear(_rows(normed.to(low)), qkv_low, qkv_bias.to(low)).view(*x.shape[:2], -1)
+        mixed = _attend(packed[..., :dim], packed[..., dim:], heads)
+        out = linear(_rows(mixed), proj_low, proj_bias.to(low)).view_as(x)
+        ctx.save_for_backward(x, norm, shift, mean, rstd, qkv_low, proj_low, packed, mixed)
+        ctx.heads, ctx.low = heads, low
+        return x + out
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        x, norm, shift, mean, rstd, qkv, proj, q, kv, mixed = ctx.saved_tensors
-        dim, start = x.shape[-1], ctx.start
+        x, norm, shift, mean, rstd, qkv, proj, packed, mixed = ctx.saved_tensors
+        dim, kind = x.shape[-1], norm.dtype
         inner = _rows(grad.to(ctx.low))
-        of_proj, of_proj_bias = inner.t() @ _rows(mixed), inner.sum(0)
         of_mixed = linear(inner, proj.t()).view_as(mixed)
-        normed = _normed(x, norm, shift, mean, rstd).to(ctx.low)
-        if start:
-            of_q, of_kv = torch.empty_like(q), torch.empty_like(kv)
-            _attend_backward(of_mixed, q, kv, ctx.heads, of_q, of_kv)
-            of_q, of_kv = _rows(of_q), _rows(of_kv)
-            of_qkv = torch.cat([of_q.t() @ _rows(normed[:, start:]), of_kv.t() @ _rows(normed)])
-            of_qkv_bias = torch.cat([of_q.sum(0), of_kv.sum(0)])
-            of_normed = linear(of_kv, qkv[dim:].t()).view_as(x)
-            of_normed[:, start:] += linear(of_q, qkv[:dim].t()).view_as(mixed)
-        else:
-            of_packed = torch.empty(*x.shape[:2], 3 * dim, dtype=q.dtype, device=q.device)
-            _attend_backward(of_mixed, q, kv, ctx.heads, of_packed[..., :dim], of_packed[..., dim:])
-            of_packed = _rows(of_packed)
-            of_qkv, of_qkv_bias = of_packed.t() @ _rows(normed), of_packed.sum(0)
-            of_normed = linear(of_packed, qkv.t()).view_as(x)
+        whole = torch.empty_like(packed)
+        _attend_backward(of_mixed, packed[..., :dim], packed[..., dim:], ctx.heads, whole[..., :dim], whole[..., dim:])
+        of_packed = _rows(whole)
+        normed = _rows(_normed(x, norm, shift, mean, rstd).to(ctx.low))
+        of_normed = linear(of_packed, qkv.t()).view_as(x)
         of_x, of_norm, of_shift = _norm_backward(of_normed, x, norm, shift, mean, rstd)
-        of_x[:, start:] += grad
-        kind = norm.dtype
         return (
-            of_x, of_norm, of_shift, of_qkv.to(kind), of_qkv_bias.to(kind), of_proj.to(kind),
-            of_proj_bias.to(kind), None, None, None, None,
+            of_x.add_(grad), of_norm, of_shift, (of_packed.t() @ normed).to(kind), of_packed.sum(0).to(kind),
+            (inner.t() @ _rows(mixed)).to(kind), inner.sum(0).to(kind), None, None, None,
         )  # fmt: skip
 
 
