@@ -100,11 +100,12 @@ def _across(block: CrossBlock, x: Tensor, context: Tensor) -> Tensor:
 
 
 def _wide(x: Tensor, low: torch.dtype) -> Tensor:
-    """X as norms and sums are computed: in 32 bits, or in 64 where all is."""
+    """The tokens as norms and sums take them: in 32 bits, or in 64 where all is."""
     return x.to(torch.float32) if low != torch.float64 else x
 
 
 def _through_mlp(block: Block | CrossBlock, x: Tensor, low: torch.dtype) -> Tensor:
+    """The second half, the same in every block."""
     mlp = cast(Mlp, block.mlp)
     found: Tensor = _MlpHalf.apply(
         x, block.norm2.weight, block.norm2.bias, mlp.fc1.weight, mlp.fc1.bias, mlp.fc2.weight, mlp.fc2.bias,

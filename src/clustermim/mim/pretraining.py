@@ -300,9 +300,8 @@ def train(
                     marked, marked_at = now, done
                     watchers.record(row)
                     extra = f" · accuracy {means['accuracy']:.3f}" if "accuracy" in means else ""
-                    extra += (
-                        f" · lr {lr:.2e}" + (f" · MFU {row['mfu']:.0%}" if able is not None else "") + watchers.news
-                    )
+                    extra += f" · lr {lr:.2e}" + (f" · MFU {row['mfu']:.0%}" if able is not None else "")
+                    extra += watchers.news
                     progress.update(done, loss=means["loss"], images_per_second=rate, extra=extra)
                 marked += watchers.look(done, model, mean)
                 # Several processes must decide alike, so they ask each other, but only where they meet anyway.
