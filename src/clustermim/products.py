@@ -1,4 +1,4 @@
-"""Matrix products by the faster library where PyTorch brings two."""
+"""Matrix products by the faster library where PyTorch brings two, and what the processor can multiply."""
 
 import torch
 import torch.nn.functional as F
@@ -16,3 +16,12 @@ def linear(x: Float[Tensor, "rows i"], weight: Float[Tensor, "o i"], bias: Tenso
         found: Tensor = torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
         return found
     return F.linear(x, weight, bias)
+
+
+def multiplies_bfloat16() -> bool:
+    """Whether the CPU multiplies bfloat16 by a library made for it.
+
+    Without AVX-512 on x86, or its like elsewhere, PyTorch takes loops that were a hundred and more times slower than
+    products in 32 bits.
+    """
+    return bool(torch._C._has_mkldnn and torch.ops.mkldnn._is_mkldnn_bf16_supported())

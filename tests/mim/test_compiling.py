@@ -6,6 +6,7 @@ from safetensors.torch import load_file
 from torch._dynamo.utils import counters
 
 from clustermim.cli import run
+from clustermim.products import multiplies_bfloat16
 from clustermim.runs import read_metrics
 
 TINY = (
@@ -42,6 +43,7 @@ def test_the_same_losses_compiled(kind, tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.skipif(not multiplies_bfloat16(), reason="the processor has no fast products in bfloat16")
 def test_compiled_in_bf16_and_continued_exactly(tmp_path):
     options = ["--epochs", "3", *TARGETS["pixel"], "--precision", "bf16-mixed"]
     whole, parts, eager = (tmp_path / name for name in ("whole", "parts", "eager"))

@@ -18,6 +18,7 @@ from clustermim.mim.lean_blocks import LeanBlock
 from clustermim.mim.model import MaskedImageModel
 from clustermim.mim.pretraining import PretrainConfig, train
 from clustermim.mim.targets import PixelTarget, TargetLoss
+from clustermim.products import multiplies_bfloat16
 from clustermim.runs import RunDirectory
 from clustermim.training.checkpoints import Checkpoints, Interval
 from clustermim.training.launch import listen_for_stop, make_fabric
@@ -212,6 +213,7 @@ def test_sigterm_stops_with_a_checkpoint(tmp_path):
     assert Checkpoints(tmp_path / "a" / "checkpoints").load_latest()[0] == 6
 
 
+@pytest.mark.skipif(not multiplies_bfloat16(), reason="the processor has no fast products in bfloat16")
 def test_bf16_is_near_and_keeps_32_bit_weights(tmp_path):
     _, _, exact = go(tmp_path / "a", epochs=2, base_lr=1e-3)
     model, _, rough = go(tmp_path / "b", epochs=2, base_lr=1e-3, precision="bf16-mixed")

@@ -242,6 +242,23 @@ def test_no_space_for_the_plan_is_told_before_it_is_begun(
     assert not (tmp_path / "s").exists()
 
 
+def test_a_precision_that_the_processor_lacks_is_told_before_work(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from clustermim.studies import costing
+    from clustermim.training import launch
+
+    file = tmp_path / "r.yaml"
+    file.write_text(yaml.safe_dump(small_recipe(source)))
+    monkeypatch.setattr(launch, "multiplies_bfloat16", lambda: False)
+    monkeypatch.setattr(costing, "_measure", lambda *args: 1e10)
+    low: dict[str, Any] = {"set": ("pretrain.precision=bf16-mixed",), "device": "cpu"}
+    with pytest.raises(InputError, match=r"no fast products in bfloat16.*--set pretrain\.precision=32-true"):
+        study(str(file), out=tmp_path / "s", **low)
+    assert not (tmp_path / "s").exists()
+    assert study(str(file), out=tmp_path / "s", dry_run=True, **low).plan.cells  # which may be for another machine
+
+
 def test_a_dry_run_shows_the_plan_and_writes_nothing(works: Invoke, source: Path, tmp_path: Path) -> None:
     file = tmp_path / "r.yaml"
     file.write_text(yaml.safe_dump(small_recipe(source)))

@@ -114,6 +114,7 @@ def test_the_stopwatch_chooses_and_changes_no_id(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(assigning.time, "perf_counter", lambda: now[0])
     monkeypatch.setattr(assigning, "_SCORES", 1 << 13)
     monkeypatch.setattr(assigning, "_seconds", {})
+    monkeypatch.setattr(assigning, "multiplies_bfloat16", lambda: True)
     x, c = gaussian(0, 3000, 8), gaussian(1, 60, 8)
     nearest = Assigner(c)
     assert torch.equal(nearest(x), brute_force(x, c, "l2"))
@@ -121,6 +122,15 @@ def test_the_stopwatch_chooses_and_changes_no_id(monkeypatch: pytest.MonkeyPatch
     taken = next(iter(assigning._seconds.values()))
     assert all(len(seconds) == assigning._TRIALS for seconds in taken.values())
     assert torch.equal(Assigner(c)(x), nearest(x))  # and the next one need not learn it again
+
+
+def test_a_processor_without_bfloat16_is_not_asked_to_imitate_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(assigning, "multiplies_bfloat16", lambda: False)
+    monkeypatch.setattr(assigning, "_seconds", {})
+    x, c = gaussian(0, 3000, 8), gaussian(1, 60, 8)
+    assert torch.equal(Assigner(c)(x), brute_force(x, c, "l2"))
+    assert not assigning._seconds  # nothing was tried
+    assert torch.equal(Assigner(c, "l2", "bfloat16")(x), Assigner(c)(x))  # who insists gets it
 
 
 def test_bfloat16_that_is_slow_on_these_rows_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:

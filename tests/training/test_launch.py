@@ -3,18 +3,20 @@
 import os
 import signal
 import time
+import timeit
 
 import pytest
 import torch
 
 from clustermim.errors import InputError, Stopped
+from clustermim.products import multiplies_bfloat16
+from clustermim.training import launch
 from clustermim.training.launch import agree, listen_for_stop, make_fabric, resolve_device, resolve_precision
 
 
 def test_devices():
     assert resolve_device("cpu") == "cpu"
     assert resolve_precision("auto", "cpu") == "32-true"
-    assert resolve_precision("bf16-mixed", "cpu") == "bf16-mixed"
     if not torch.cuda.is_available():
         with pytest.raises(InputError, match="no such device"):
             make_fabric("cuda")
@@ -24,6 +26,25 @@ def test_devices():
     assert fabric.world_size == 1
     assert agree(fabric, True)
     assert not agree(fabric, False)
+
+
+def test_bf16_is_refused_where_it_would_take_a_hundred_times_as_long(monkeypatch):
+    monkeypatch.setattr(launch, "multiplies_bfloat16", lambda: True)
+    assert resolve_precision("bf16-mixed", "cpu") == "bf16-mixed"
+    monkeypatch.setattr(launch, "multiplies_bfloat16", lambda: False)
+    assert resolve_precision("bf16-mixed", "cuda") == "bf16-mixed"
+    assert resolve_precision("auto", "cpu") == "32-true"
+    with pytest.raises(InputError, match=r"no fast products in bfloat16.*Use --precision 32-true"):
+        make_fabric("cpu", precision="bf16-mixed")
+
+
+def test_what_the_processor_is_said_to_multiply_is_what_it_does():
+    side = 256
+    seconds = {}
+    for kind in (torch.float32, torch.bfloat16):
+        square = torch.ones(side, side, dtype=kind)
+        seconds[kind] = min(timeit.repeat("s @ s", globals={"s": square}, number=1, repeat=5))
+    assert multiplies_bfloat16() == (seconds[torch.bfloat16] < 15 * seconds[torch.float32])
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])

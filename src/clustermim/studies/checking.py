@@ -1,6 +1,6 @@
 """What can be known to be wrong with a tokenizer or a cell before anything is computed."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import fields
 from typing import Any
 
@@ -11,7 +11,9 @@ from clustermim.errors import InputError
 from clustermim.features.patches import make_features
 from clustermim.mim.building import build_model
 from clustermim.mim.pretraining import PretrainConfig
+from clustermim.studies.pieces import Cell
 from clustermim.tokenizers.vqvae.training import VQVAEConfig
+from clustermim.training.launch import resolve_precision
 from clustermim.verbs.pretrain_encoder import check_predict_ratio
 from clustermim.verbs.pretrain_run import check_batch
 from clustermim.verbs.pretrain_targets import check_target_options
@@ -99,3 +101,19 @@ def check_cell(where: str, settings: Mapping[str, Any], train: ImageSource, lrs:
             make_features(settings["features"], patch_size=side, view=view)
     except InputError as problem:
         raise InputError(f"{where}: {problem}") from None
+
+
+def check_precisions(cells: Iterable[Cell], device: str) -> None:
+    """Whether the device can train each cell in the precision that it asks for.
+
+    Raises
+    ------
+    InputError
+        It cannot; names the cell.
+    """
+    for cell in cells:
+        try:
+            resolve_precision(cell.settings.get("precision", "auto"), device)
+        except InputError as problem:
+            change = "In a recipe: --set pretrain.precision=32-true."
+            raise InputError(f"{cell.name}: {problem} {change}") from None

@@ -17,6 +17,7 @@ from rich.text import Text
 
 from clustermim.errors import InputError
 from clustermim.runs import atomic_write
+from clustermim.studies.checking import check_precisions
 from clustermim.studies.collecting import Findings, collect
 from clustermim.studies.costing import Cost, check_space, estimate_cost
 from clustermim.studies.folder import SETTLED, StudyFolder
@@ -188,6 +189,8 @@ def study(
     parsed = parse_recipe(values)
     sources = Sources(parsed.data)
     plan = make_plan(parsed, sources)
+    if not dry_run:
+        check_precisions(plan.cells, where)
     gpus = torch.cuda.device_count() if where == "cuda" else 0
     count = jobs or (1 if local_place() is not None else gpus or min(4, os.cpu_count() or 1))
     with standing_alone():

@@ -30,7 +30,7 @@ import torch
 from jaxtyping import Bool, Float, Float64, Int64
 from torch import Tensor
 
-from clustermim.products import linear
+from clustermim.products import linear, multiplies_bfloat16
 
 Metric = Literal["l2", "cosine", "dot"]
 Products = Literal["auto", "float32", "bfloat16"]
@@ -85,6 +85,8 @@ class Assigner:
         self._late = 0  # blocks running that took longer than they should
         self._tables: dict[str, _Table] = {}
         self._products: str | None = None if products == "auto" else products
+        if products == "auto" and self.device.type == "cpu" and not multiplies_bfloat16():
+            self._products = "float32"
 
     @torch.no_grad()
     def __call__(self, x: Float[Tensor, "n d"]) -> Int64[Tensor, " n"]:

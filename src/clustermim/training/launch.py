@@ -13,6 +13,7 @@ import torch
 from lightning_fabric import Fabric
 
 from clustermim.errors import ClusterMIMError, InputError, Stopped
+from clustermim.products import multiplies_bfloat16
 from clustermim.runs import RunDirectory
 from clustermim.training.sharding import sharding
 
@@ -40,9 +41,20 @@ def resolve_device(device: Device = "auto") -> str:
 
 
 def resolve_precision(precision: Precision, device: str) -> Literal["32-true", "bf16-mixed", "64-true"]:
-    """`auto` is bf16-mixed on a CUDA device that computes in bfloat16, else 32-true."""
+    """`auto` is bf16-mixed on a CUDA device that computes in bfloat16, else 32-true.
+
+    Raises
+    ------
+    InputError
+        bf16-mixed on a CPU that would take a hundred times as long with it.
+    """
     if precision == "auto":
         return "bf16-mixed" if device == "cuda" and torch.cuda.is_bf16_supported() else "32-true"
+    if precision == "bf16-mixed" and device == "cpu" and not multiplies_bfloat16():
+        raise InputError(
+            "--precision bf16-mixed: this processor has no fast products in bfloat16 and would take a hundred times as "
+            "long with them. Use --precision 32-true."
+        )
     return precision
 
 
@@ -67,7 +79,7 @@ def make_fabric(
     Raises
     ------
     InputError
-        The device is not there, or there are fewer than `devices`, or it cannot do `strategy`.
+        The device is not there, or there are fewer than `devices`, or it cannot do `strategy` or `precision`.
     """
     kind = resolve_device(device)
     width = resolve_precision(precision, kind)
