@@ -3,6 +3,9 @@
 from pathlib import Path
 
 import pytest
+import timm
+import torch
+from safetensors.torch import save_file
 from study_samples import planned, small_recipe, write_images
 
 from clustermim.studies.ranks import local_place, standing_alone, without_ranks
@@ -50,6 +53,24 @@ def test_models_and_epochs_are_axes_of_the_whole_grid(source: Path) -> None:
     _, _, plan = planned(values)
     assert len(plan.cells) == 2 * 3
     assert len({cell.setting for cell in plan.cells}) == 2
+
+
+def test_other_weights_under_the_same_name_make_other_pieces(source: Path, tmp_path: Path) -> None:
+    file = tmp_path / "w.safetensors"
+    features = f"backbone:test_vit@{file}?layer=1"
+    values = small_recipe(source, tokenizers={"network": {"features": features, "k": 4}}, controls=[])
+    values["targets"]["distilled"] = {"target": "feature", "features": features}
+
+    def pieces(value: float) -> dict[str, set[str]]:
+        model = timm.create_model("test_vit", num_classes=0)
+        save_file({name: torch.full_like(weight, value) for name, weight in model.state_dict().items()}, file)
+        _, _, plan = planned(values)
+        return {kind: {p.id for p in plan.pieces.values() if p.kind == kind} for kind in ("fit", "pretrain", "probe")}
+
+    one, two, again = pieces(0.1), pieces(0.2), pieces(0.1)
+    assert one == again
+    assert not one["fit"] & two["fit"]
+    assert len(one["pretrain"] & two["pretrain"]) == 1  # that of the pixels
 
 
 def test_a_judged_data_set_without_labels_is_refused(source: Path, tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ from clustermim.studies.expanding import Member
 from clustermim.studies.opening import Sources
 from clustermim.studies.pieces import Cell, Floor, Piece, Plan, Run, Tokens, Trial
 from clustermim.studies.recipe import CONTROLS, Recipe, select_names
+from clustermim.studies.weights import weights_in
 
 PLACEHOLDER = re.compile(r"\{([^{}]+)\}")
 """In the features of a tokenizer: the encoder of the target of that name."""
@@ -108,13 +109,14 @@ class _Planner:
     def _add(self, piece: Piece) -> str:
         return self.pieces.setdefault(piece.id, piece).id
 
-    def _facts(self, data: str) -> dict[str, Any]:
-        """What a result depends on besides options: the images and how they are viewed."""
+    def _facts(self, data: str, settings: Mapping[str, Any] | None = None) -> dict[str, Any]:
+        """What a result depends on besides options: the images, how they are viewed, weights out of files."""
         train = self.sources.train(data)
         facts = {"train": train.fingerprint()[:16], "view": train.view.to_dict()}
         if train.labels is not None:
             facts["test"] = self.sources.test(data).fingerprint()[:16]
-        return facts
+        weights = weights_in(settings or {})
+        return facts | ({"weights": weights} if weights else {})
 
     def _patch_size(self, settings: Mapping[str, Any], where: str) -> int:
         side = settings.get("patch_size") or self.recipe.patch_size
@@ -139,7 +141,7 @@ class _Planner:
                 kind="fit",
                 name=f"{data} {member.name}",
                 data=data,
-                settings={**settings, "images": self._facts(data)},
+                settings={**settings, "images": self._facts(data, settings)},
                 any_of=tuple(trials),
             )
         )
@@ -177,10 +179,8 @@ class _Planner:
     def _plan_cells(
         self, targets: Sequence[Member], data: str, number: int, known: Mapping[str, Tokens], scores: Sequence[str]
     ) -> None:
-        wanted = []
-        for target in targets:
-            for member in self.recipe.shared:
-                wanted.append((target, member, self._cell_settings(target, member, data, known)))  # noqa: PERF401
+        shared = self.recipe.shared
+        wanted = [(t, member, self._cell_settings(t, member, data, known)) for t in targets for member in shared]
         seen = {self._key(cell.settings): cell.name for cell in self.cells if cell.data == data}
         distinct = []
         for target, member, settings in wanted:
@@ -250,7 +250,7 @@ class _Planner:
         name = target.name + member.name
         tokens = known.get(str(settings.get("tokenizer")))
         options = {key: value for key, value in settings.items() if key not in ("named", "tokenizer")}
-        options["images"] = self._facts(data)
+        options["images"] = self._facts(data, options)
         needs = () if tokens is None else (tokens.fit,)
         seeds = self._seeds(target.name)
         trials = []
