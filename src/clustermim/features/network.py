@@ -44,8 +44,8 @@ class NetworkFeatures(PatchFeatures):
     mean, std
         Of each of the network's channels.
     dtype
-        ``bf16`` computes products in 16 bits (autocast): faster where the hardware has them, features alike to about
-        three digits. The features come out in 32 bits either way.
+        ``bf16`` computes products in 16 bits (autocast): faster where the hardware has them, a hundred times slower
+        on a CPU that has not (no AVX-512), features alike to about three digits. They come out in 32 bits either way.
     """
 
     mean: Tensor
