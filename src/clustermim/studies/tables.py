@@ -40,7 +40,9 @@ def _encoders(findings: Findings) -> Table:
         table.add_column(title, no_wrap=True)
     for title in ("seed", score.title, "lr", "validation", *map(protocol_title, findings.protocols)):
         table.add_column(title, justify="right")
-    table.add_column("")
+    told = any(one.reason for one in (*findings.runs, *findings.floors, *findings.tokens))
+    if told:
+        table.add_column("")
     for row in findings.runs:
         value = findings.scores_of(row).get(score.key)
         cells = [
@@ -51,21 +53,22 @@ def _encoders(findings: Findings) -> Table:
             "" if row.lr is None else f"{row.lr:g}",
             "" if row.validation is None else f"{100 * row.validation:.1f}",
             *(f"{100 * row.accuracy[p]:.1f}" if p in row.accuracy else "–" for p in findings.protocols),
-            row.reason,
+            *([row.reason] if told else []),
         ]
         table.add_row(*cells, style="red" if row.reason else None)
     table.add_section()
     for floor in findings.floors:
         cells = [*([floor.judged_on] if several else []), floor.name, "", "", "", ""]
         cells += [f"{100 * floor.accuracy[p]:.1f}" if p in floor.accuracy else "–" for p in findings.protocols]
-        table.add_row(*cells, floor.reason, style="dim")
+        table.add_row(*cells, *([floor.reason] if told else []), style="dim")
     trained = {row.tokens for row in findings.runs}
     for token in findings.tokens:
         if token.name not in trained:
             value = token.scores.get(score.key)
             shown = "" if value is None else f"{value:z.3f}"
             cells = [*([token.data] if several else []), f"{token.name}, scored only", "", shown, "", ""]
-            table.add_row(*cells, *("" for _ in findings.protocols), token.reason, style="dim")
+            cells += ["" for _ in findings.protocols]
+            table.add_row(*cells, *([token.reason] if told else []), style="dim")
     return table
 
 
