@@ -40,7 +40,8 @@ def _encoders(findings: Findings) -> Table:
         table.add_column(title, no_wrap=True)
     for title in ("seed", score.title, "lr", "validation", *map(protocol_title, findings.protocols)):
         table.add_column(title, justify="right")
-    told = any(one.reason for one in (*findings.runs, *findings.floors, *findings.tokens))
+    reasons = [row.reason for row in findings.runs] + [floor.reason for floor in findings.floors]
+    told = any(reasons + [token.reason for token in findings.tokens])
     if told:
         table.add_column("")
     for row in findings.runs:
