@@ -267,6 +267,29 @@ def test_a_dry_run_shows_the_plan_and_writes_nothing(works: Invoke, source: Path
     assert not (tmp_path / "s").exists()
 
 
+def test_a_worker_that_waits_for_its_starter_can_fork() -> None:
+    code = """
+import multiprocessing, time
+from clustermim.studies.worker import end_with_the_starter
+end_with_the_starter()
+time.sleep(0.2)  # the thread waits for standard input by now
+forked = multiprocessing.get_context("fork").Process(target=print)
+forked.start()
+forked.join(20)
+print(forked.exitcode, flush=True)
+time.sleep(20)
+"""
+    pipe = subprocess.PIPE
+    with subprocess.Popen([sys.executable, "-c", code], stdin=pipe, stdout=pipe, text=True) as process:
+        assert process.stdin is not None and process.stdout is not None
+        try:
+            assert process.stdout.read(3).strip() == "0"
+            process.stdin.close()
+            assert process.wait(10) == -signal.SIGTERM
+        finally:
+            process.kill()
+
+
 def test_a_stop_between_pieces_is_polite(source: Path, tmp_path: Path) -> None:
     values = small_recipe(source)
     _, sources, plan = planned(values)

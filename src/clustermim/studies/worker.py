@@ -16,11 +16,13 @@ import yaml
 from clustermim.errors import ClusterMIMError
 
 
-def _end_with_the_starter() -> None:
+def end_with_the_starter() -> None:
     """Stop politely when nobody is left to stop this process."""
 
     def watch() -> None:
-        while sys.stdin.buffer.read(4096):
+        # Not through sys.stdin: who reads from that holds its lock, and a process forked meanwhile, such as one that
+        # reads images, closes it first of all and would wait for the lock forever.
+        while os.read(0, 4096):
             pass
         os.kill(os.getpid(), signal.SIGTERM)
 
@@ -59,7 +61,7 @@ def main() -> int:
 
     try:
         with listen_for_stop(given.max_minutes) as stop:
-            _end_with_the_starter()
+            end_with_the_starter()
             recipe = parse_recipe(yaml.safe_load(given.recipe.read_text()))
             sources = Sources(recipe.data)
             bench = Bench(
