@@ -12,6 +12,7 @@ import torch
 from PIL import Image
 from torch.utils.data import Dataset
 
+from clustermim.data import kept_views, loaders
 from clustermim.data.loaders import ResidentLoader, WorkerLoader, make_loader
 from clustermim.data.masks import block_masks, random_masks
 from clustermim.data.sources import open_source
@@ -44,6 +45,53 @@ def test_worker_and_resident_loaders_agree(source, train, size):
         assert torch.equal(one.labels, torch.from_numpy(LABELS)[one.index])
         assert one.images.shape == (len(one.index), 3, *size) and one.images.dtype == torch.float32
         assert torch.allclose(one.images, other.images, atol=1e-4)
+
+
+def uneven_images(folder, count=11):
+    generator = np.random.default_rng(1)
+    for number in range(count):
+        pixels = generator.integers(0, 256, (9 + number % 3, 10 + number % 4, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(folder / f"{number:02}.png")
+    return open_source(folder)
+
+
+def test_views_that_never_change_are_read_once(tmp_path, monkeypatch):
+    source = uneven_images(tmp_path)
+    view, reads = replace(source.view, image_size=(8, 8)), []
+    options = {"batch_size": 4, "train": False}
+    plain = everything(make_loader(source, view, workers=0, **options))
+    monkeypatch.setattr(loaders, "min", lambda *_: 0, raising=False)  # no reading processes: reads are counted here
+    read = type(source).__getitem__
+    monkeypatch.setattr(type(source), "__getitem__", lambda self, index: reads.append(index) or read(self, index))
+    loader = make_loader(source, view, **options)
+    first, second = everything(loader, epoch=0), everything(loader, epoch=1)
+    assert sorted(reads) == list(range(11))
+    third = everything(make_loader(source, view, batch_size=3, train=False), start=1)  # another loader, other batches
+    assert len(reads) == 11
+    assert torch.equal(torch.cat([b.images for b in third]), torch.cat([b.images for b in plain])[3:])
+    for ours in (first, second):
+        for one, other in zip(ours, plain, strict=True):
+            assert torch.equal(one.images, other.images) and torch.equal(one.index, other.index)
+            assert torch.equal(one.keys, other.keys) and (one.labels is None) == (other.labels is None)
+    first[0].images.zero_()  # a batch is the reader's own
+    assert torch.equal(everything(loader)[0].images, plain[0].images)
+    reads.clear()
+    everything(make_loader(source, replace(view, image_size=(6, 6)), **options))
+    assert len(reads) == 11  # other views are read anew
+    reads.clear()
+    everything(make_loader(source, view, train=False, batch_size=4, crops=True))
+    everything(make_loader(source, view, train=False, batch_size=4, crops=True))
+    assert len(reads) == 22  # crops differ from epoch to epoch
+
+
+def test_views_are_not_kept_where_memory_is_short_or_workers_are_asked_for(tmp_path, monkeypatch):
+    source = uneven_images(tmp_path)
+    options = {"batch_size": 4, "train": False}
+    everything(make_loader(source, workers=0, **options))
+    assert kept_views._kept.get(source) is None
+    monkeypatch.setattr(loaders, "free_memory", lambda device: 1000)
+    everything(make_loader(source, **options))
+    assert kept_views._kept.get(source) is None
 
 
 def test_processes_change_nothing(source):

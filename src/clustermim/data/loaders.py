@@ -9,12 +9,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from jaxtyping import Shaped
+from jaxtyping import Float, Int64, Shaped
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from clustermim.data.batches import Augment, Batch, Cutting, Loader, Share, leave_signals, reading
 from clustermim.data.checking import in_threads
+from clustermim.data.kept_views import KeptViews, kept_views
 from clustermim.data.pixels import adapt_channels, convertible
 from clustermim.data.sources import ImageSource
 from clustermim.data.streaming.loader import StreamLoader
@@ -69,9 +70,17 @@ class WorkerLoader(Loader):
 
     source: ImageSource
 
-    def __init__(self, source: ImageSource, cutting: Cutting, share: Share, workers: int) -> None:
+    def __init__(self, source: ImageSource, cutting: Cutting, share: Share, workers: int, keep: bool = False) -> None:
         super().__init__(source, cutting, share)
         self.workers = workers
+        self._keeps = keep and not share.train and not cutting.crops
+
+    def _kept(self) -> KeptViews | None:
+        """Where views are kept; None where they change, or are too many for memory."""
+        if not self._keeps:
+            return None
+        most = _RESIDENT_SHARE * free_memory(torch.device("cpu"))
+        return kept_views(self.source, self.view, self._eval_range(), most)
 
     def epoch(self, epoch: int = 0, start: int = 0) -> Iterator[Batch]:
         """See `Loader.epoch`.
@@ -81,7 +90,12 @@ class WorkerLoader(Loader):
         ResourceError
             When a worker process dies.
         """
-        batches = [[(epoch, int(index)) for index in batch] for batch in self.batches(epoch, start)]
+        wanted, kept = list(self.batches(epoch, start)), self._kept()
+        if kept is not None and all(kept.has(index) for index in wanted):
+            for index in wanted:
+                yield self._batch(kept.get(index), index, index)
+            return
+        batches = [[(epoch, int(index)) for index in batch] for batch in wanted]
         loader: DataLoader[Any] = DataLoader(
             _Views(self.source, self.cutting),
             batch_sampler=batches,
@@ -91,13 +105,18 @@ class WorkerLoader(Loader):
             worker_init_fn=leave_signals,
         )
         for views, index, keys in reading(loader):
-            labels = None if self._labels is None else self._labels[index]
-            yield Batch(
-                views.to(self.device, non_blocking=True),
-                index.to(self.device, non_blocking=True),
-                None if labels is None else labels.to(self.device),
-                keys,
-            )
+            if kept is not None:
+                kept.put(index, views)
+            yield self._batch(views, index, keys)
+
+    def _batch(self, views: Float[Tensor, "b c h w"], index: Int64[Tensor, " b"], keys: Int64[Tensor, " b"]) -> Batch:
+        labels = None if self._labels is None else self._labels[index]
+        return Batch(
+            views.to(self.device, non_blocking=True),
+            index.to(self.device, non_blocking=True),
+            None if labels is None else labels.to(self.device),
+            keys,
+        )
 
 
 class _Views(Dataset[Any]):
@@ -170,7 +189,8 @@ def make_loader(
         resident.
     resident
         Keep all images in the device's memory. None: if they are all of one size and take less than a quarter of
-        what is free, unless `workers` is given.
+        what is free, unless `workers` is given; of images that differ in size the eval views, which never change, are
+        kept in this machine's memory under the same conditions.
     rank, world_size
         Which part of each global batch, or of the source, this process sees.
     augment
@@ -211,7 +231,7 @@ def make_loader(
         images = _residents(source, device, must=bool(resident))
         if images is not None:
             return ResidentLoader(source, cutting, share, images)
-    return WorkerLoader(source, cutting, share, readers)
+    return WorkerLoader(source, cutting, share, readers, keep=resident is None and workers is None)
 
 
 def _residents(source: ImageSource, device: torch.device, must: bool) -> Shaped[Tensor, "n c h w"] | None:
