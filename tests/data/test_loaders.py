@@ -73,6 +73,8 @@ def test_views_that_never_change_are_read_once(tmp_path, monkeypatch):
         for one, other in zip(ours, plain, strict=True):
             assert torch.equal(one.images, other.images) and torch.equal(one.index, other.index)
             assert torch.equal(one.keys, other.keys) and (one.labels is None) == (other.labels is None)
+    part = open_source(source, split="all")  # another part of the same images
+    assert len(everything(make_loader(part, view, **options))) == 3 and len(reads) == 11
     first[0].images.zero_()  # a batch is the reader's own
     assert torch.equal(everything(loader)[0].images, plain[0].images)
     reads.clear()
@@ -88,10 +90,10 @@ def test_views_are_not_kept_where_memory_is_short_or_workers_are_asked_for(tmp_p
     source = uneven_images(tmp_path)
     options = {"batch_size": 4, "train": False}
     everything(make_loader(source, workers=0, **options))
-    assert kept_views._kept.get(source) is None
+    assert kept_views._kept.get(source.collection.store) is None
     monkeypatch.setattr(loaders, "free_memory", lambda device: 1000)
     everything(make_loader(source, **options))
-    assert kept_views._kept.get(source) is None
+    assert kept_views._kept.get(source.collection.store) is None
 
 
 def test_processes_change_nothing(source):

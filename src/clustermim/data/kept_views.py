@@ -4,8 +4,10 @@ A fit passes over the same views many times, and who fits, scores and judges in 
 decoding photos would take most of that.
 """
 
+from typing import Any
 from weakref import WeakKeyDictionary
 
+import numpy as np
 import torch
 from jaxtyping import Bool, Float, Int64
 from torch import Tensor
@@ -15,53 +17,56 @@ from clustermim.data.views import ViewConfig
 
 
 class KeptViews:
-    """The eval views of a range of images, as far as they have been read."""
+    """The eval views of one size of all images of a collection, as far as they have been read."""
 
-    def __init__(self, span: range, view: ViewConfig) -> None:
-        self.span, self.size = span, (view.channels, *view.image_size)
-        self._views: Float[Tensor, "n c h w"] = torch.empty((len(span), *self.size))  # takes memory as it is filled
-        self._there: Bool[Tensor, " n"] = torch.zeros(len(span), dtype=torch.bool)
+    def __init__(self, count: int, reading: tuple[Any, ...], size: tuple[int, ...]) -> None:
+        self.reading = reading
+        self._views: Float[Tensor, "n c h w"] = torch.empty((count, *size))  # takes memory as it is filled
+        self._there: Bool[Tensor, " n"] = torch.zeros(count, dtype=torch.bool)
 
-    def has(self, index: Int64[Tensor, " b"]) -> bool:
-        """Whether all of these images are there."""
-        return bool(self._there[index - self.span.start].all())
+    def has(self, rows: Int64[Tensor, " b"]) -> bool:
+        """Whether all of these are there."""
+        return bool(self._there[rows].all())
 
-    def put(self, index: Int64[Tensor, " b"], views: Float[Tensor, "b c h w"]) -> None:
-        """Keep the views of these images."""
-        self._views[index - self.span.start] = views
-        self._there[index - self.span.start] = True
+    def put(self, rows: Int64[Tensor, " b"], views: Float[Tensor, "b c h w"]) -> None:
+        """Keep the views of these rows of the collection."""
+        self._views[rows] = views
+        self._there[rows] = True
 
-    def get(self, index: Int64[Tensor, " b"]) -> Float[Tensor, "b c h w"]:
-        """Copies of the views of these images."""
-        return self._views[index - self.span.start]
-
-
-_kept: "WeakKeyDictionary[ImageSource, KeptViews]" = WeakKeyDictionary()
+    def get(self, rows: Int64[Tensor, " b"]) -> Float[Tensor, "b c h w"]:
+        """Copies of the views of these rows."""
+        return self._views[rows]
 
 
-def kept_views(source: ImageSource, view: ViewConfig, span: range, most: float) -> KeptViews | None:
-    """Where the eval views of these images of a source are kept.
+_kept: "WeakKeyDictionary[Any, KeptViews]" = WeakKeyDictionary()
+
+
+def kept_views(source: ImageSource, view: ViewConfig, most: float) -> KeptViews | None:
+    """Where the eval views of the images of a source are kept.
+
+    They live as long as the collection that the source is a part of, and are shared by all its parts; those of another
+    size, or read otherwise, take their place.
 
     Parameters
     ----------
     source
-        Images; as long as it lives, so do its views, those of the last size asked for.
+        Images.
     view
         Its size and channels count; the eval view depends on nothing else.
-    span
-        Indices of the images.
     most
-        Bytes that they may take.
+        Bytes that the views of the whole collection may take.
 
     Returns
     -------
     KeptViews or None
         None if they would take more.
     """
-    found = _kept.get(source)
-    if found is not None and (found.span, found.size) == (span, (view.channels, *view.image_size)):
+    store, size = source.collection.store, (view.channels, *view.image_size)
+    reading = (size, source.channels, source.options.value_range)
+    found = _kept.get(store)
+    if found is not None and found.reading == reading:
         return found
-    _kept.pop(source, None)
-    if 4.0 * view.channels * view.image_size[0] * view.image_size[1] * len(span) > most:
+    _kept.pop(store, None)
+    if 4.0 * float(np.prod(size)) * len(store) > most:
         return None
-    return _kept.setdefault(source, KeptViews(span, view))
+    return _kept.setdefault(store, KeptViews(len(store), reading, size))

@@ -80,7 +80,7 @@ class WorkerLoader(Loader):
         if not self._keeps:
             return None
         most = _RESIDENT_SHARE * free_memory(torch.device("cpu"))
-        return kept_views(self.source, self.view, self._eval_range(), most)
+        return kept_views(self.source, self.view, most)
 
     def epoch(self, epoch: int = 0, start: int = 0) -> Iterator[Batch]:
         """See `Loader.epoch`.
@@ -91,9 +91,10 @@ class WorkerLoader(Loader):
             When a worker process dies.
         """
         wanted, kept = list(self.batches(epoch, start)), self._kept()
-        if kept is not None and all(kept.has(index) for index in wanted):
+        rows = torch.as_tensor(self.source.rows)
+        if kept is not None and all(kept.has(rows[index]) for index in wanted):
             for index in wanted:
-                yield self._batch(kept.get(index), index, index)
+                yield self._batch(kept.get(rows[index]), index, index)
             return
         batches = [[(epoch, int(index)) for index in batch] for batch in wanted]
         loader: DataLoader[Any] = DataLoader(
@@ -106,7 +107,7 @@ class WorkerLoader(Loader):
         )
         for views, index, keys in reading(loader):
             if kept is not None:
-                kept.put(index, views)
+                kept.put(rows[index], views)
             yield self._batch(views, index, keys)
 
     def _batch(self, views: Float[Tensor, "b c h w"], index: Int64[Tensor, " b"], keys: Int64[Tensor, " b"]) -> Batch:
