@@ -15,9 +15,10 @@ from hypothesis import settings
 from jaxtyping import install_import_hook
 
 # In CI the same examples each time: there a failure must speak of the change. At home hypothesis goes on looking.
-settings.register_profile("ci", derandomize=True)
-if os.environ.get("CI"):
-    settings.load_profile("ci")
+# Nowhere a limit of time: on a busy machine it would speak of the machine.
+settings.register_profile("ci", derandomize=True, deadline=None)
+settings.register_profile("home", deadline=None)
+settings.load_profile("ci" if os.environ.get("CI") else "home")
 
 
 def checked(thing):  # type: ignore[no-untyped-def]
