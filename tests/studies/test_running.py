@@ -259,6 +259,27 @@ def test_a_precision_that_the_processor_lacks_is_told_before_work(
     assert study(str(file), out=tmp_path / "s", dry_run=True, **low).plan.cells  # which may be for another machine
 
 
+@pytest.mark.parametrize(("able", "measured"), [(True, "bf16-mixed"), (False, "auto")])
+def test_time_is_measured_in_the_precision_of_the_training(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, able: bool, measured: str
+) -> None:
+    from clustermim.studies import costing
+
+    asked = []
+    real = costing.pretrain
+
+    def spy(*args: Any, **given: Any) -> Any:
+        asked.append(given.get("precision", "auto"))
+        return real(*args, **given | {"precision": "32-true"})
+
+    file = tmp_path / "r.yaml"
+    file.write_text(yaml.safe_dump(small_recipe(source)))
+    monkeypatch.setattr(costing, "multiplies_bfloat16", lambda: able)
+    monkeypatch.setattr(costing, "pretrain", spy)
+    study(str(file), out=tmp_path / "s", dry_run=True, device="cpu", set=("pretrain.precision=bf16-mixed",))
+    assert asked == [measured]
+
+
 def test_a_dry_run_shows_the_plan_and_writes_nothing(works: Invoke, source: Path, tmp_path: Path) -> None:
     file = tmp_path / "r.yaml"
     file.write_text(yaml.safe_dump(small_recipe(source)))
