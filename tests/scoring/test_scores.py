@@ -1,6 +1,7 @@
 """Scores against naive loops, and the properties that make them worth trusting."""
 
 import copy
+import itertools
 import json
 import math
 import pickle
@@ -17,6 +18,7 @@ from clustermim.scoring.counts import TokenCounts
 from clustermim.scoring.figures import CROSSFIT, FIGURES, PLUG_IN, figures
 from clustermim.scoring.folds import plan_images
 from clustermim.scoring.intervals import bootstrap_figures
+from clustermim.scoring.populations import make_population
 from clustermim.scoring.sums import TokenSummer
 from clustermim.scoring.tcas import score_counts, score_tokens
 
@@ -86,7 +88,7 @@ def naive(ids, labels, vocab, plan, weights=None):
     out["used_tokens"] = (full.sum(1) > 0).sum()
     if not plan.num_folds:
         return out
-    walk, rows, cosine = np.zeros((3, classes, classes))
+    walk, rows, cosine, pairs = np.zeros((4, classes, classes))
     for fold in range(plan.num_folds):
         inside = plan.folds == fold
         kept = np.ones(len(labels)) if weights is None else weights
@@ -97,10 +99,10 @@ def naive(ids, labels, vocab, plan, weights=None):
                 learned = others[i] / others[i].sum() if others[i].sum() > 0 else prior
                 walk += np.outer(own[i] / own.sum(0), learned) / plan.num_folds
                 rows += np.outer(own[i] / own[i].sum(), learned) / plan.num_folds
-        cosine += (
-            np.array([[cosine_of(own[:, a], others[:, b]) for b in range(classes)] for a in range(classes)])
-            / plan.num_folds
-        )
+        pairs += np.array([[(own[:, a] * others[:, b]).sum() for b in range(classes)] for a in range(classes)])
+    for a, b in itertools.product(range(classes), repeat=2):
+        length = math.sqrt(pairs[a, a] * pairs[b, b])
+        cosine[a, b] = min(1.0, pairs[a, b] / length) if length and a != b else 1.0
     return out | {f"{k}_crossfit": v for k, v in matrix_figures(walk, rows, cosine, prior).items()}
 
 
@@ -227,13 +229,26 @@ def test_controls_bracket_every_score(sizes, patches, seed):
     score = score_tokens(identity, labels, bootstrap=20)
     assert score.alignment == close(1) and score.alignment_crossfit == pytest.approx(0)
     assert (score.alignment_crossfit_low, score.alignment_crossfit_high) == close((0, 0))
+    alike = 1 - 1 / len(sizes)  # TCAS of classes that nothing tells apart
+    cosine = (score.tcas_cosine_crossfit, score.tcas_cosine_crossfit_low, score.tcas_cosine_crossfit_high)
+    assert cosine == close((alike,) * 3)
     score = score_tokens(oracle, labels, bootstrap=20)
     assert score.alignment == score.alignment_crossfit == score.alignment_crossfit_low == close(1)
-    assert score.labelling_error_crossfit == score.tcas_crossfit == close(0)
+    assert score.labelling_error_crossfit == score.tcas_crossfit == score.tcas_cosine_crossfit == close(0)
     # Position: every image holds each token once, so tokens are independent of class, exactly.
     score = score_tokens(same, labels)
     assert score.alignment == close(0)
     assert -0.5 < score.alignment_crossfit <= 1e-12
+    assert score.tcas_cosine == close(alike) and score.tcas_cosine_crossfit == close(alike)
+
+
+@pytest.mark.parametrize("case", ["weak", "strong", "bursty"])
+def test_cross_fitted_cosine_of_small_classes_is_that_of_the_population(case):
+    population = make_population(case, classes=20, vocab=300)
+    directions = population.chances / np.linalg.norm(population.chances, axis=1, keepdims=True)
+    truth = ((directions @ directions.T - np.eye(20)) ** 2).mean()
+    score = score_tokens(*population.draw(600, 16, np.random.default_rng(1)), vocab_size=300)
+    assert abs(score.tcas_cosine_crossfit - truth) < 0.03 < 0.05 < truth - score.tcas_cosine
 
 
 @pytest.mark.parametrize("groups", [False, True])

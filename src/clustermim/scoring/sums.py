@@ -48,7 +48,8 @@ class TokenSums:
     cross_rows: Float64[np.ndarray, "b l l"] | None
     """Mean over folds of Σ_i (R_f[i, c] / r_f[i]) T_f[i, c']."""
     cross_cosine: Float64[np.ndarray, "b l l"] | None
-    """Mean over folds of the cosine of column c of R_f and column c' of O_f."""
+    """P_cc' / √(P_cc P_c'c') with P = Σ_f R_fᵀ O_f, the pairs of patches that no image makes with itself; at most 1. 1
+    as well where a class shares no token with itself in other folds: nothing tells it from the others."""
 
     @property
     def class_sizes(self) -> Float64[np.ndarray, "b l"]:
@@ -168,8 +169,6 @@ class TokenSummer:
         if cross is not None:
             cross.unseen += mass.transpose(1, 0, 2)
             cross.unseen_rows += number.sum(axis=1)
-            cross.own_squares += squares.transpose(1, 0, 2)
-            cross.other_squares += (squares.sum(axis=1, keepdims=True) - squares).transpose(1, 0, 2)
 
 
 def _add_table(sums: TokenSums, table: Float64[np.ndarray, "b l k"]) -> None:
@@ -195,9 +194,7 @@ class _CrossSums:
     """Patches of each class whose token the other folds never saw."""
     rows: Float64[np.ndarray, "b l l"]
     unseen_rows: Float64[np.ndarray, "b l"]
-    products: Float64[np.ndarray, "f b l l"]
-    own_squares: Float64[np.ndarray, "f b l"]
-    other_squares: Float64[np.ndarray, "f b l"]
+    products: Float64[np.ndarray, "b l l"]
 
     @classmethod
     def zeros(cls, sizes: Float64[np.ndarray, "b f l"]) -> "_CrossSums":
@@ -208,9 +205,7 @@ class _CrossSums:
             unseen=np.zeros((f, b, l)),
             rows=np.zeros((b, l, l)),
             unseen_rows=np.zeros((b, l)),
-            products=np.zeros((f, b, l, l)),
-            own_squares=np.zeros((f, b, l)),
-            other_squares=np.zeros((f, b, l)),
+            products=np.zeros((b, l, l)),
         )
 
     def add_table(self, table: Float64[np.ndarray, "f b l k"]) -> None:
@@ -226,19 +221,24 @@ class _CrossSums:
             shares = _rows_scaled(own, own.sum(axis=1))
             self.rows += shares @ learned
             self.unseen_rows += (shares @ unseen)[:, :, 0]
-            self.products[fold] += own @ others.transpose(0, 2, 1)
-            self.own_squares[fold] += (own**2).sum(axis=2)
-            self.other_squares[fold] += (others**2).sum(axis=2)
+            self.products += own @ others.transpose(0, 2, 1)
 
     def finish(self, prior: Float64[np.ndarray, "b l"]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Walk, rows and cosine matrices, averaged over folds (a class over the folds that hold it)."""
+        """Walk and rows averaged over folds (a class over the folds that hold it); the cosine of all folds at once."""
         holding = (self.sizes > 0).sum(axis=0)[:, :, None]
         unseen = _divided(self.unseen, self.sizes).sum(axis=0)
         walk = _divided(self.walk + unseen[:, :, None] * prior[:, None, :], holding)
         rows = (self.rows + self.unseen_rows[:, :, None] * prior[:, None, :]) / len(self.sizes)
-        lengths = np.sqrt(self.own_squares[:, :, :, None] * self.other_squares[:, :, None, :])
-        cosine = _divided(_divided(self.products, lengths).sum(axis=0), holding)
-        return walk, rows, cosine
+        return walk, rows, _cosine(self.products)
+
+
+def _cosine(products: Float64[np.ndarray, "b l l"]) -> Float64[np.ndarray, "b l l"]:
+    lengths = np.sqrt(np.diagonal(products, axis1=1, axis2=2))
+    both = lengths[:, :, None] * lengths[:, None, :]
+    cosine = np.divide(products, both, out=np.ones_like(products), where=both > 0)
+    classes = np.arange(products.shape[1])
+    cosine[:, classes, classes] = 1.0
+    return np.asarray(np.minimum(cosine, 1.0))
 
 
 def _rows_scaled(table: Float64[np.ndarray, "b l k"], by: Float64[np.ndarray, "b k"]) -> Float64[np.ndarray, "b l k"]:
