@@ -264,6 +264,7 @@ def test_time_is_measured_in_the_precision_of_the_training(
     source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, able: bool, measured: str
 ) -> None:
     from clustermim.studies import costing
+    from clustermim.training import launch
 
     asked = []
     real = costing.pretrain
@@ -274,7 +275,7 @@ def test_time_is_measured_in_the_precision_of_the_training(
 
     file = tmp_path / "r.yaml"
     file.write_text(yaml.safe_dump(small_recipe(source)))
-    monkeypatch.setattr(costing, "multiplies_bfloat16", lambda: able)
+    monkeypatch.setattr(launch, "multiplies_bfloat16", lambda: able)
     monkeypatch.setattr(costing, "pretrain", spy)
     study(str(file), out=tmp_path / "s", dry_run=True, device="cpu", set=("pretrain.precision=bf16-mixed",))
     assert asked == [measured]

@@ -36,6 +36,16 @@ def class_walk(sums: TokenSums) -> Float64[np.ndarray, "b l l"]:
     return np.asarray(sums.joined / sums.class_sizes[:, :, None])
 
 
+def class_cosine(gram: Float64[np.ndarray, "b l l"]) -> Float64[np.ndarray, "b l l"]:
+    """G_cc' / √(G_cc G_c'c'), at most 1; 1 too where G_cc = 0, a class that nothing tells from the others."""
+    lengths = np.sqrt(np.diagonal(gram, axis1=1, axis2=2))
+    both = lengths[:, :, None] * lengths[:, None, :]
+    cosine = np.divide(gram, both, out=np.ones_like(gram), where=both > 0)
+    classes = np.arange(gram.shape[1])
+    cosine[:, classes, classes] = 1.0
+    return np.asarray(np.minimum(cosine, 1.0))
+
+
 def alignment_of(walk: Float64[np.ndarray, "b l l"], prior: Float64[np.ndarray, "b l"]) -> Float64[np.ndarray, " b"]:
     """1 − ‖I − S‖²_F / (L − 1) with S = D_p^½ C D_p^−½; `prior` is p."""
     root = np.sqrt(prior)
@@ -65,12 +75,11 @@ def figures(sums: TokenSums) -> dict[str, Float64[np.ndarray, " b"]]:
     squared = sizes.shape[1] ** 2
     with np.errstate(divide="ignore", invalid="ignore"):
         walk = class_walk(sums)
-        lengths = np.sqrt(np.diagonal(sums.gram, axis1=1, axis2=2))
-        cosine = sums.gram / (lengths[:, :, None] * lengths[:, None, :])
-        out = _matrix_figures(walk, sums.rows, cosine, prior, squared, "")
+        out = _matrix_figures(walk, sums.rows, class_cosine(sums.gram), prior, squared, "")
         out["alignment"] = np.maximum(out["alignment"], 0.0)
-        if sums.cross is not None and sums.cross_rows is not None and sums.cross_cosine is not None:
-            out |= _matrix_figures(sums.cross, sums.cross_rows, sums.cross_cosine, prior, squared, "_crossfit")
+        if sums.cross is not None and sums.cross_rows is not None and sums.cross_gram is not None:
+            cosine = class_cosine(sums.cross_gram)
+            out |= _matrix_figures(sums.cross, sums.cross_rows, cosine, prior, squared, "_crossfit")
         out |= _companions(sums)
     lost = (sizes <= 0).any(axis=1)
     if lost.any():

@@ -47,9 +47,8 @@ class TokenSums:
     """Mean over the folds f that hold class c of Σ_i Q_f[c, i] T_f[i, c'], a row c each."""
     cross_rows: Float64[np.ndarray, "b l l"] | None
     """Mean over folds of Σ_i (R_f[i, c] / r_f[i]) T_f[i, c']."""
-    cross_cosine: Float64[np.ndarray, "b l l"] | None
-    """P_cc' / √(P_cc P_c'c') with P = Σ_f R_fᵀ O_f, the pairs of patches that no image makes with itself; at most 1. 1
-    as well where a class shares no token with itself in other folds: nothing tells it from the others."""
+    cross_gram: Float64[np.ndarray, "b l l"] | None
+    """Σ_f Σ_i R_f[i, c] O_f[i, c'], the pairs of `gram` that no image makes with itself."""
 
     @property
     def class_sizes(self) -> Float64[np.ndarray, "b l"]:
@@ -121,7 +120,7 @@ class TokenSummer:
             cell_log=np.zeros(b),
             cross=np.zeros((b, l, l)) if self.crossfit else None,
             cross_rows=np.zeros((b, l, l)) if self.crossfit else None,
-            cross_cosine=np.zeros((b, l, l)) if self.crossfit else None,
+            cross_gram=np.zeros((b, l, l)) if self.crossfit else None,
         )
         cross = _CrossSums.zeros(sizes) if self.crossfit else None
         if self._any_alone:
@@ -131,7 +130,8 @@ class TokenSummer:
             if cross is not None:
                 cross.add_table(table)
         if cross is not None:
-            sums.cross, sums.cross_rows, sums.cross_cosine = cross.finish(sums.prior)
+            sums.cross, sums.cross_rows = cross.finish(sums.prior)
+            sums.cross_gram = cross.gram
         return sums
 
     def _tables(self, weights: np.ndarray) -> Iterator[Float64[np.ndarray, "f b l k"]]:
@@ -194,7 +194,7 @@ class _CrossSums:
     """Patches of each class whose token the other folds never saw."""
     rows: Float64[np.ndarray, "b l l"]
     unseen_rows: Float64[np.ndarray, "b l"]
-    products: Float64[np.ndarray, "b l l"]
+    gram: Float64[np.ndarray, "b l l"]
 
     @classmethod
     def zeros(cls, sizes: Float64[np.ndarray, "b f l"]) -> "_CrossSums":
@@ -205,7 +205,7 @@ class _CrossSums:
             unseen=np.zeros((f, b, l)),
             rows=np.zeros((b, l, l)),
             unseen_rows=np.zeros((b, l)),
-            products=np.zeros((b, l, l)),
+            gram=np.zeros((b, l, l)),
         )
 
     def add_table(self, table: Float64[np.ndarray, "f b l k"]) -> None:
@@ -221,24 +221,15 @@ class _CrossSums:
             shares = _rows_scaled(own, own.sum(axis=1))
             self.rows += shares @ learned
             self.unseen_rows += (shares @ unseen)[:, :, 0]
-            self.products += own @ others.transpose(0, 2, 1)
+            self.gram += own @ others.transpose(0, 2, 1)
 
-    def finish(self, prior: Float64[np.ndarray, "b l"]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Walk and rows averaged over folds (a class over the folds that hold it); the cosine of all folds at once."""
+    def finish(self, prior: Float64[np.ndarray, "b l"]) -> tuple[np.ndarray, np.ndarray]:
+        """Walk and rows matrices, averaged over folds (a class over the folds that hold it)."""
         holding = (self.sizes > 0).sum(axis=0)[:, :, None]
         unseen = _divided(self.unseen, self.sizes).sum(axis=0)
         walk = _divided(self.walk + unseen[:, :, None] * prior[:, None, :], holding)
         rows = (self.rows + self.unseen_rows[:, :, None] * prior[:, None, :]) / len(self.sizes)
-        return walk, rows, _cosine(self.products)
-
-
-def _cosine(products: Float64[np.ndarray, "b l l"]) -> Float64[np.ndarray, "b l l"]:
-    lengths = np.sqrt(np.diagonal(products, axis1=1, axis2=2))
-    both = lengths[:, :, None] * lengths[:, None, :]
-    cosine = np.divide(products, both, out=np.ones_like(products), where=both > 0)
-    classes = np.arange(products.shape[1])
-    cosine[:, classes, classes] = 1.0
-    return np.asarray(np.minimum(cosine, 1.0))
+        return walk, rows
 
 
 def _rows_scaled(table: Float64[np.ndarray, "b l k"], by: Float64[np.ndarray, "b k"]) -> Float64[np.ndarray, "b l k"]:

@@ -15,12 +15,11 @@ import torch
 
 from clustermim.encoders.presets import decoder_defaults, model_kwargs
 from clustermim.errors import InputError
-from clustermim.products import multiplies_bfloat16
 from clustermim.studies.folder import SETTLED, StudyFolder
 from clustermim.studies.opening import Sources
 from clustermim.studies.pieces import Cell, Piece, Plan
 from clustermim.studies.states import states_of
-from clustermim.training.launch import Device, resolve_device
+from clustermim.training.launch import Device, resolve_device, trains_in
 from clustermim.verbs.pretrain_encoder import pretrain
 
 _MEASURED_STEP = 4e10  # operations of a measured step: about a second on two cores
@@ -132,9 +131,9 @@ def _measure(plan: Plan, sources: Sources, device: Device, threads: int) -> floa
     most = min(int(cell.settings["batch_size"]), len(sources.train(cell.data)))
     batch = max(1, min(most, int(_MEASURED_STEP / each)))
     plain = {key: cell.settings[key] for key in ("model", "patch_size", "mask_ratio", "mask_kind", "encoder")}
-    # A plan for another machine is measured in 32 bits where this one has no bfloat16.
-    if "precision" in cell.settings and (resolve_device(device) != "cpu" or multiplies_bfloat16()):
-        plain["precision"] = cell.settings["precision"]
+    precision = cell.settings.get("precision", "auto")
+    if trains_in(precision, resolve_device(device)):  # or the plan is for another machine
+        plain["precision"] = precision
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:

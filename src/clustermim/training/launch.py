@@ -40,6 +40,11 @@ def resolve_device(device: Device = "auto") -> str:
     return device
 
 
+def trains_in(precision: Precision, device: str) -> bool:
+    """Whether the device computes in this precision at a usable speed: not in bf16-mixed on a CPU without the units."""
+    return precision != "bf16-mixed" or device != "cpu" or multiplies_bfloat16()
+
+
 def resolve_precision(precision: Precision, device: str) -> Literal["32-true", "bf16-mixed", "64-true"]:
     """`auto` is bf16-mixed on a CUDA device that computes in bfloat16, else 32-true.
 
@@ -50,7 +55,7 @@ def resolve_precision(precision: Precision, device: str) -> Literal["32-true", "
     """
     if precision == "auto":
         return "bf16-mixed" if device == "cuda" and torch.cuda.is_bf16_supported() else "32-true"
-    if precision == "bf16-mixed" and device == "cpu" and not multiplies_bfloat16():
+    if not trains_in(precision, device):
         raise InputError(
             "--precision bf16-mixed: this processor has no fast products in bfloat16 and would take a hundred times as "
             "long with them. Use --precision 32-true."
