@@ -1,6 +1,7 @@
 """What a loader gives: batches, by rank, from any place in an epoch on."""
 
 import signal
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from types import FrameType
@@ -76,7 +77,7 @@ class Share:
     world_size: int
 
 
-class Loader:
+class Loader(ABC):
     """Batches of one source; use `make_loader`."""
 
     def __init__(self, source: AnySource, cutting: Cutting, share: Share) -> None:
@@ -119,6 +120,7 @@ class Loader:
             for first in range(mine.start + start * self.batch_size, mine.stop, self.batch_size):
                 yield torch.arange(first, min(first + self.batch_size, mine.stop))
 
+    @abstractmethod
     def epoch(self, epoch: int = 0, start: int = 0) -> Iterator[Batch]:
         """The batches of an epoch.
 
@@ -129,7 +131,6 @@ class Loader:
         start
             Batches to leave out, without decoding them.
         """
-        raise NotImplementedError
 
     def repeats(self, height: int, width: int) -> bool:
         """Whether an image of this stored size has the same view in every epoch."""

@@ -11,7 +11,7 @@ from torch.nn import functional
 
 from clustermim.data.views import ViewConfig
 from clustermim.errors import InputError
-from clustermim.features.patches import PatchFeatures
+from clustermim.features.patches import NamedFeatures
 from clustermim.features.spelling import SpecPart
 from clustermim.features.windows import check_margin, check_window
 
@@ -20,7 +20,7 @@ _EPSILON = 1e-5  # beside the length of a block, as in scikit-image
 _CLIP = 0.2  # of l2-hys, as in Dalal and Triggs
 
 
-class HOGFeatures(PatchFeatures):
+class HOGFeatures(NamedFeatures):
     """`hog[?orientations=9&cell=8&context=32&block=2&norm=l2-hys]`: which way edges run in and around a patch.
 
     The gradient of a pixel is that of the channel where it is largest, by central differences, 0 across the image's

@@ -8,7 +8,6 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from clustermim.data.views import ViewConfig
 from clustermim.errors import InputError
 from clustermim.features.moments import ImagePasses, Moments, no_variance
 from clustermim.features.patches import PatchFeatures, rebuild_features
@@ -103,11 +102,6 @@ class JoinedFeatures(PatchFeatures):
         self.projection = Projection(whole, dim) if projects else None
         if self._balances and not projects:  # in a projection it is part of the matrix
             self.register_buffer("scale", torch.ones(whole))
-
-    @classmethod
-    def from_spec(cls, part: SpecPart, *, patch_size: int, view: ViewConfig) -> "JoinedFeatures":
-        """Not registered under a name: `make_features` joins the parts."""
-        raise NotImplementedError
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> "JoinedFeatures":

@@ -11,13 +11,13 @@ from torch.nn import functional
 
 from clustermim.data.pixels import adapt_channels
 from clustermim.errors import InputError
-from clustermim.features.patches import PatchFeatures
+from clustermim.features.patches import NamedFeatures
 from clustermim.features.spelling import SpecPart
 
 DTYPES = ("float32", "bf16")
 
 
-class NetworkFeatures(PatchFeatures):
+class NetworkFeatures(NamedFeatures):
     """One feature map of a timm network; subclasses say where network and weights come from.
 
     The image is resized to what the network takes, the network's own mean and std are applied, and the map of one

@@ -1,6 +1,6 @@
 """Patch features: the contract, and the registry behind the names in a spec (`spelling.py`).
 
-A new feature is one file with a `PatchFeatures` class and one line in `_REGISTRY`.
+A new feature is one file with a `NamedFeatures` class and one line in `_REGISTRY`.
 """
 
 import importlib
@@ -105,11 +105,6 @@ class PatchFeatures(nn.Module, ABC):
 
     @classmethod
     @abstractmethod
-    def from_spec(cls, part: SpecPart, *, patch_size: int, view: ViewConfig) -> "PatchFeatures":
-        """Build from one part of a user's spec; may read files or the hub."""
-
-    @classmethod
-    @abstractmethod
     def from_config(cls, config: Mapping[str, Any]) -> "PatchFeatures":
         """Build from what `config` returned; the state dict is loaded afterwards."""
 
@@ -194,6 +189,15 @@ class PatchFeatures(nn.Module, ABC):
         return nn.Module.train(self, False)
 
 
+class NamedFeatures(PatchFeatures):
+    """Features that a user's spec names."""
+
+    @classmethod
+    @abstractmethod
+    def from_spec(cls, part: SpecPart, *, patch_size: int, view: ViewConfig) -> "NamedFeatures":
+        """Build from one part of a user's spec; may read files or the hub."""
+
+
 def make_features(
     spec: "str | PatchFeatures", *, patch_size: int, view: ViewConfig, base: Path | None = None
 ) -> PatchFeatures:
@@ -233,7 +237,7 @@ def make_features(
     for part in parts:
         if part.name not in _REGISTRY:
             raise InputError(f"There are no patch features called {part.name!r}.{nearest(part.name, _REGISTRY)}")
-    made = [_class_of(part.name).from_spec(part, patch_size=patch_size, view=view) for part in parts]
+    made = [_named(part.name).from_spec(part, patch_size=patch_size, view=view) for part in parts]
     if len(made) == 1 and tail is None:
         return _settled(made[0])
     return _settled(JoinedFeatures(made, options, spec=spec))
@@ -250,13 +254,18 @@ def rebuild_features(config: Mapping[str, Any]) -> PatchFeatures:
     name = str(config.get("name"))
     if name not in _CLASSES:
         raise InputError(f"There are no patch features called {name!r}.{nearest(name, _REGISTRY)}")
-    return _settled(_class_of(name).from_config(config))
+    found: type[PatchFeatures] = _load(_CLASSES[name])
+    return _settled(found.from_config(config))
 
 
-def _class_of(name: str) -> type[PatchFeatures]:
-    module, _, attribute = _CLASSES[name].partition(":")
-    found: type[PatchFeatures] = getattr(importlib.import_module(module), attribute)
+def _named(name: str) -> type[NamedFeatures]:
+    found: type[NamedFeatures] = _load(_REGISTRY[name])
     return found
+
+
+def _load(where: str) -> Any:
+    module, _, attribute = where.partition(":")
+    return getattr(importlib.import_module(module), attribute)
 
 
 def _settled(features: PatchFeatures) -> PatchFeatures:

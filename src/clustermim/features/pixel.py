@@ -10,7 +10,7 @@ from torch import Tensor
 from clustermim.data.views import ViewConfig
 from clustermim.errors import InputError
 from clustermim.features.moments import ImagePasses, Moments, no_variance
-from clustermim.features.patches import PatchFeatures
+from clustermim.features.patches import NamedFeatures
 from clustermim.features.projection import EPSILON, Projection, zca
 from clustermim.features.spelling import SpecPart
 from clustermim.features.windows import check_margin, check_window, windows
@@ -18,7 +18,7 @@ from clustermim.features.windows import check_margin, check_window, windows
 _EPSILON = 1e-6  # added to a patch's variance, as in MAE's norm-pix
 
 
-class PixelFeatures(PatchFeatures):
+class PixelFeatures(NamedFeatures):
     """`pixel[?standardise=true&context=12&whiten=true&epsilon=0.1]`: D = window² · C, in rows, columns, then channels.
 
     Parameters

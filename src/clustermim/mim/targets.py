@@ -5,6 +5,7 @@ the same augmented view as the model, and works in 32 bits whatever precision th
 """
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -29,7 +30,7 @@ class TargetLoss(NamedTuple):
     figures: dict[str, Float[Tensor, ""]]
 
 
-class Target(nn.Module):
+class Target(nn.Module, ABC):
     """Base of all targets.
 
     Attributes
@@ -46,6 +47,7 @@ class Target(nn.Module):
     base_lr: float
     requires: frozenset[str] = frozenset()
 
+    @abstractmethod
     def forward(
         self,
         predictions: Float[Tensor, "b hidden out"],
@@ -71,7 +73,6 @@ class Target(nn.Module):
         keys
             `Batch.keys`, for targets that keep something.
         """
-        raise NotImplementedError
 
     def keep_what_repeats(self, loader: Loader, wanted: bool | None) -> str:
         """Compute once what depends on an image's view alone, where its view is the same in every epoch.

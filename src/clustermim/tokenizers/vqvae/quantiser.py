@@ -9,6 +9,7 @@ Everything that crosses processes is summed in whole numbers: the same bits what
 """
 
 import math
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 
 import torch
@@ -38,7 +39,7 @@ class Quantised:
     """Scalars for the log."""
 
 
-class Quantiser(nn.Module):
+class Quantiser(nn.Module, ABC):
     """Rows of code space (n, D) to codes; counts which codes are used.
 
     Parameters
@@ -57,6 +58,7 @@ class Quantiser(nn.Module):
         self.size, self.dim, self.seed = size, dim, seed
         self.register_buffer("usage", torch.zeros(size, dtype=torch.int64))
 
+    @abstractmethod
     def start(self, codes: Float[Tensor, "k d"], spread: float, rows: int) -> None:
         """Take the first codes.
 
@@ -69,8 +71,8 @@ class Quantiser(nn.Module):
         rows
             Rows of one step over all processes.
         """
-        raise NotImplementedError
 
+    @abstractmethod
     def forward(self, z: Float[Tensor, "n d"], index: Int64[Tensor, " b"], step: int, temperature: float) -> Quantised:
         """Quantise the rows of one training step.
 
@@ -85,11 +87,10 @@ class Quantiser(nn.Module):
         temperature
             Of the relaxed draw, above 0.
         """
-        raise NotImplementedError
 
+    @abstractmethod
     def free(self, z: Float[Tensor, "n d"]) -> Quantised:
         """Let the rows pass as they are, at no price: for the steps before there are codes."""
-        raise NotImplementedError
 
     @torch.no_grad()
     def nearest(self, z: Float[Tensor, "n d"]) -> Int64[Tensor, " n"]:

@@ -7,10 +7,8 @@ import torch
 from jaxtyping import Float, Int64
 from torch import Tensor, nn
 
-from clustermim.data.views import ViewConfig
 from clustermim.errors import InputError
 from clustermim.features.patches import PatchFeatures
-from clustermim.features.spelling import SpecPart
 from clustermim.tokenizers.codebook import Codebook
 from clustermim.tokenizers.tokenizer import Tokenizer
 from clustermim.tokenizers.vqvae.network import Decoder, Encoder
@@ -53,11 +51,6 @@ class CodeSpaceFeatures(PatchFeatures):
         self.register_buffer("mean", torch.tensor(list(mean)).view(-1, 1, 1))
         self.register_buffer("std", torch.tensor(list(std)).view(-1, 1, 1))
         self.requires_grad_(False).eval()
-
-    @classmethod
-    def from_spec(cls, part: SpecPart, *, patch_size: int, view: ViewConfig) -> "CodeSpaceFeatures":
-        """Not registered under a name: it comes with its tokenizer."""
-        raise NotImplementedError
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> "CodeSpaceFeatures":
