@@ -14,6 +14,7 @@ from clustermim.data.collection import Collection
 from clustermim.data.counted import Stream
 from clustermim.data.options import DataOptions
 from clustermim.data.pixels import BadImage, OutOfRange, adapt_channels, convertible, out_of_range_error, to_unit
+from clustermim.data.remembering import WORTH_KEEPING, LooksKept
 from clustermim.data.splits import seeded_order
 from clustermim.data.views import to_float
 from clustermim.errors import InputError
@@ -81,8 +82,7 @@ def examine(collection: Collection, options: DataOptions) -> Findings:
     store, count = collection.store, len(collection.store)
     findings = Findings(np.zeros((count, 3), dtype=np.int32), {}, {}, count)
     if collection.check == "decode" and count <= FULL_CHECK:
-        logger.info("decoding %d images of %s once, to find broken ones", count, collection.name)
-        measure(collection, options, np.arange(count), findings)
+        _look_at_all(collection, options, findings)
         return findings
     order = seeded_order(0, Stream.SAMPLE, count)
     measure(collection, options, np.sort(order[:SAMPLE]), findings)
@@ -96,6 +96,21 @@ def examine(collection: Collection, options: DataOptions) -> Findings:
     else:
         findings.looked = min(count, SAMPLE)
     return findings
+
+
+def _look_at_all(collection: Collection, options: DataOptions, findings: Findings) -> None:
+    """Decode every image, but for those that a look at the same files found good before."""
+    count = len(findings.shapes)
+    state = collection.state() if collection.state is not None and count >= WORTH_KEEPING else None
+    kept = LooksKept(collection.name, (options.channels, options.value_range), state) if state is not None else None
+    known = kept.read(count) if kept is not None else None
+    if known is not None:
+        findings.shapes, findings.moments = known
+    rows = np.flatnonzero(findings.shapes[:, 0] == 0)
+    logger.info("decoding %d of %d images of %s once, to find broken ones", len(rows), count, collection.name)
+    measure(collection, options, rows, findings)
+    if kept is not None and known is None:
+        kept.write(findings.shapes, findings.moments)
 
 
 def measure(collection: Collection, options: DataOptions, rows: np.ndarray, findings: Findings) -> None:

@@ -61,6 +61,8 @@ class Collection:
     """Default of --flip."""
     crop_scale: tuple[float, float] = (0.2, 1.0)
     """Default of --crop-scale."""
+    state: Callable[[], str | None] | None = None
+    """Fingerprint of the files: the same again where none has changed; None, or a function giving None: unknown."""
     unlabelled_because: str = "it brings no labels"
     """Ends a message about missing labels."""
 

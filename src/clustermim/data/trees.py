@@ -14,6 +14,7 @@ from clustermim.data import readers
 from clustermim.data.collection import Collection, clean_labels, reason_of
 from clustermim.data.options import DataOptions
 from clustermim.data.pixels import BadImage
+from clustermim.data.remembering import state_of
 from clustermim.errors import InputError
 
 SPLIT_FOLDERS = {
@@ -56,6 +57,10 @@ class FolderStore:
         """The path below the root."""
         return self.names[row]
 
+    def state(self) -> str | None:
+        """Changes where a file does."""
+        return state_of([self.root / name for name in self.names])
+
     def identify(self, digest: "hashlib._Hash") -> None:
         """Relative paths and sizes."""
         for name, size in zip(self.names, self.sizes, strict=True):
@@ -78,6 +83,10 @@ class ZipStore(FolderStore):
     def __setstate__(self, state: dict[str, Any]) -> None:
         """With a lock of its own."""
         self.__init__(state["root"], state["names"], state["sizes"], state["inside"])  # type: ignore[misc]
+
+    def state(self) -> str | None:
+        """Changes where the zip does."""
+        return state_of([self.root])
 
     def load(self, row: int) -> bytes:
         """The bytes of one member."""
@@ -222,7 +231,13 @@ def _collection(
         because = f"all its images lie in the one folder {classes[0]!r}, a single class"
         classes = [None] * len(names)
     collection = Collection(
-        where, store, given_split=splits, skipped=skipped, check="decode", unlabelled_because=because
+        where,
+        store,
+        given_split=splits,
+        skipped=skipped,
+        check="decode",
+        state=store.state,
+        unlabelled_because=because,
     )
     if any(value is not None for value in classes):
         collection.labels, collection.classes = clean_labels(_as_objects(classes), len(names), where)

@@ -3,13 +3,13 @@
 import contextlib
 import hashlib
 import json
-import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from rich.console import Console
 from rich.progress import track
 
+from clustermim.data.remembering import cache_folder
 from clustermim.errors import ResourceError
 from clustermim.runs import atomic_write
 
@@ -32,7 +32,7 @@ def counted(files: Sequence[Path], what: str, count: Callable[[Path], Count]) ->
         Looks into one file.
     """
     facts = [(str(file.resolve()), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
-    kept = _folder() / f"{hashlib.sha256(json.dumps([what, facts]).encode()).hexdigest()[:32]}.json"
+    kept = cache_folder("shards") / f"{hashlib.sha256(json.dumps([what, facts]).encode()).hexdigest()[:32]}.json"
     with contextlib.suppress(OSError, ValueError):
         return [(int(number), problem) for number, problem in json.loads(kept.read_text())]
     shown = track(
@@ -47,7 +47,3 @@ def counted(files: Sequence[Path], what: str, count: Callable[[Path], Count]) ->
         kept.parent.mkdir(parents=True, exist_ok=True)
         atomic_write(kept, json.dumps(found))
     return found
-
-
-def _folder() -> Path:
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "clustermim" / "shards"
