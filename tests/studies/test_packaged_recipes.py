@@ -65,6 +65,21 @@ def test_a_packaged_recipe_has_a_plan(
         assert all(order.index(other) < order.index(identity) for other in piece.waits_for)
 
 
+@pytest.mark.parametrize("size", [None, "try"])
+def test_the_recipe_in_the_docs_has_a_plan(size: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    page = (Path(__file__).parents[2] / "docs" / "studies.md").read_text()
+    file = tmp_path / "my.yaml"
+    file.write_text(page.partition("```yaml\n")[2].partition("```")[0])
+    plan = plan_of(str(file), size, tmp_path, monkeypatch)
+    names = {cell.name for cell in plan.cells}
+    assert {"clustermim pixel-k50", "clustermim second", "clustermim random-centroids", "beit vqvae"} <= names
+
+
+@pytest.mark.parametrize("file", sorted((Path(__file__).parents[2] / "benchmarks" / "recipes").glob("*.yaml")))
+def test_a_recipe_of_the_benchmarks_has_a_plan(file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert plan_of(str(file), None, tmp_path, monkeypatch).count()["pretrain"]
+
+
 def test_cifar10_holds_what_the_study_is_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     plan = plan_of("cifar10", "gpu", tmp_path, monkeypatch)
     names = {cell.name for cell in plan.cells}
