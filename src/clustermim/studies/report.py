@@ -115,7 +115,7 @@ def _targets(section: Section, findings: Findings, recipe: Recipe, pairs: Sequen
         caption="Frozen features unless fine-tuned. In brackets the lowest and highest seed, or of a single one the 95 "
         "% interval over test images. Learning rate, layer and pool were chosen on validation images, by the same rule "
         "for every target; minutes are those of all trainings of a target, every learning rate and seed. Best encoder "
-        "in bold; floors, in grey, do not compete.",
+        "in bold; floors, in grey, do not compete. Targets without tokens have the score of `identity` tokens.",
         muted=range(len(cells), len(cells) + len(findings.floors)),
         filterable=True,
     )
