@@ -57,6 +57,31 @@ def elsewhere(folder: StudyFolder, to: Path, *, missing: Sequence[str] = (), hea
     return StudyFolder(to / "there")
 
 
+def texts_of(folder: Path) -> dict[str, str]:
+    files = [file for file in folder.rglob("*") if file.suffix in (".json", ".jsonl", ".yaml")]
+    return {file.relative_to(folder).as_posix(): file.read_text() for file in files}
+
+
+@pytest.mark.parametrize("name", ["plain", "with spaces and \u00e9"])
+def test_no_text_in_the_file_names_the_machine_s_folders(name: str, made: Made, tmp_path: Path) -> None:
+    here, twin = tmp_path / name, tmp_path / f"{name}-twin"
+    shutil.copytree(made[2].path, here)
+    run = next(here.glob("pieces/pretrain-*pixel*/run"))
+    settings = {"tokenizer": str(here / "pieces" / "t"), "data": str(twin)}
+    (run / "config.yaml").write_text(yaml.safe_dump(settings, allow_unicode=True))
+    (run / "manifest.json").write_text(json.dumps({"out": str(here), "other": str(twin)}))
+    pack_study(here, out=tmp_path / "study.tar.gz")
+    with tarfile.open(tmp_path / "study.tar.gz") as archive:
+        content = archive.extractfile(f"{run.relative_to(here)}/manifest.json")
+        assert content is not None
+        assert json.loads(content.read()) == {"out": "__STUDY__", "other": str(twin)}  # a longer name is another folder
+    there = unpack_study(tmp_path / "study.tar.gz", out=tmp_path / "there" / "s") and tmp_path / "there" / "s"
+    found = texts_of(there)
+    assert not any("__STUDY__" in text for text in found.values())
+    config = yaml.safe_load((there / run.relative_to(here) / "config.yaml").read_text())
+    assert config == {"tokenizer": str(there / "pieces" / "t"), "data": str(twin)}
+
+
 def begun_after(folder: StudyFolder, lines: int) -> list[str]:
     return [row["piece"] for row in folder.journal()[lines:] if row["event"] == "begin"]
 
@@ -199,6 +224,11 @@ def test_what_is_no_study_is_refused_and_nothing_touched(fails: Invoke, made: Ma
     torn.write_bytes(good.read_bytes()[: good.stat().st_size // 2])
     assert "is damaged" in fails("study-unpack", torn, "--out", tmp_path / "n")
     assert "no such file" in fails("study-unpack", tmp_path / "gone.tar.gz", "--out", tmp_path / "n")
+    with tarfile.open(torn, "w:gz") as archive:
+        member = tarfile.TarInfo("study.yaml")
+        member.size = 4
+        archive.addfile(member, io.BytesIO(b"a: ["))
+    assert "is damaged" in fails("study-unpack", torn, "--out", tmp_path / "n")
     for name in ("../escaped", "pieces/../../escaped", "/tmp/escaped", "thesis.txt"):
         evil = tmp_path / "evil.tar.gz"
         with tarfile.open(evil, "w:gz") as archive:

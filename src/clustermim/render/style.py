@@ -18,7 +18,7 @@ _STYLE = """
 html{font:17px/1.6 system-ui,-apple-system,"Segoe UI",Roboto,"Helvetica Neue","Liberation Sans",Arial,sans-serif;
  -webkit-text-size-adjust:100%;scroll-padding-top:1rem}
 body{margin:0;background:var(--paper);color:var(--ink)}
-.page{max-width:70rem;margin:0 auto;padding:2.5rem 1.5rem 4rem}
+.page{max-width:76rem;margin:0 auto;padding:2.5rem 1.5rem 4rem}
 h1{font-size:2.1rem;line-height:1.15;letter-spacing:-.02em;margin:0 0 .75rem;text-wrap:balance;
  overflow-wrap:anywhere}
 h2{font-size:1.35rem;line-height:1.25;letter-spacing:-.01em;margin:3.25rem 0 .75rem;padding-top:1.1rem;

@@ -2,11 +2,13 @@
 
 The file is a .tar.gz with the layout of a study's folder. Of each finished piece it holds the result; of a tokenizer or
 an encoder also its weights, if they are light; of a training its settings and a thinned record of the loss.
-Checkpoints, logs and pieces that are not finished stay behind.
+Checkpoints, logs and pieces that are not finished stay behind. Where a text names the study's folder, the file holds a
+mark, which becomes the folder that it is unpacked into.
 """
 
 import io
 import json
+import re
 import shutil
 import tarfile
 import tempfile
@@ -16,6 +18,8 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+import yaml
+
 from clustermim.errors import InputError
 from clustermim.runs import atomic_save, atomic_write, read_metrics
 from clustermim.studies.folder import PRODUCTS, RECIPE, StudyFolder
@@ -23,6 +27,7 @@ from clustermim.studies.folder import PRODUCTS, RECIPE, StudyFolder
 _LOSS_ROWS = 100
 """Rows of a training's record that travel: enough for a curve."""
 _DIGITS = 6
+_MARK = "__STUDY__"
 _OF_STUDY = (RECIPE, "predictions.json", "journal.jsonl")
 
 
@@ -72,12 +77,12 @@ def pack(folder: StudyFolder, file: Path, *, heaviest: int) -> Packed:
         with tarfile.open(temporary, "w:gz", compresslevel=9) as archive:
             for name in _OF_STUDY:
                 if (folder.path / name).exists():
-                    _add(archive, name, (folder.path / name).read_bytes())
+                    _add(archive, name, (folder.path / name).read_bytes(), folder.path)
             for failure in sorted((folder.path / "failures").glob("*.json")):
-                _add(archive, f"failures/{failure.name}", failure.read_bytes())
+                _add(archive, f"failures/{failure.name}", failure.read_bytes(), folder.path)
             for identity in pieces:
                 for name, content in _contents(folder, identity, heaviest):
-                    _add(archive, f"pieces/{identity}/{name}", content)
+                    _add(archive, f"pieces/{identity}/{name}", content, folder.path)
 
     atomic_save(file, write)
     return Packed(file=file, pieces=len(pieces), new=len(pieces), without=without)
@@ -126,7 +131,31 @@ def _rounded(value: Any) -> Any:
     return float(f"{value:.{_DIGITS}g}") if isinstance(value, float) else value
 
 
-def _add(archive: tarfile.TarFile, name: str, content: bytes) -> None:
+def _renamed(name: str, content: bytes, old: str, new: str) -> bytes:
+    """A text of JSON or YAML with another name for a folder, alone or at the front of a path."""
+    if name.endswith(".yaml"):  # parsed, because a long path may stand there on two lines
+        return yaml.safe_dump(
+            _renamed_in(yaml.safe_load(content), old, new), sort_keys=False, allow_unicode=True
+        ).encode()
+    if not name.endswith((".json", ".jsonl")):
+        return content
+    text = content.decode()
+    for form in {old, json.dumps(old)[1:-1]}:
+        text = re.sub(re.escape(form) + r"""(?=[/\\"'\s]|$)""", lambda _: json.dumps(new)[1:-1], text)
+    return text.encode()
+
+
+def _renamed_in(value: Any, old: str, new: str) -> Any:
+    if isinstance(value, dict):
+        return {key: _renamed_in(one, old, new) for key, one in value.items()}
+    if isinstance(value, list):
+        return [_renamed_in(one, old, new) for one in value]
+    return re.sub(re.escape(old) + r"(?=[/\\\s]|$)", lambda _: new, value) if isinstance(value, str) else value
+
+
+def _add(archive: tarfile.TarFile, name: str, content: bytes, path: Path) -> None:
+    for place in {str(path.absolute()), str(path.resolve())}:
+        content = _renamed(name, content, place, _MARK)
     member = tarfile.TarInfo(name)
     member.size, member.mode = len(content), 0o644
     archive.addfile(member, io.BytesIO(content))
@@ -149,7 +178,11 @@ def unpack(file: Path, folder: StudyFolder) -> Packed:
     ResourceError
         The disk is full.
     """
-    contents = _read(file)
+    here = str(folder.path.absolute())
+    try:
+        contents = {name: _renamed(name, content, _MARK, here) for name, content in _read(file).items()}
+    except (yaml.YAMLError, UnicodeDecodeError) as problem:
+        raise InputError(f"{file} is damaged ({' '.join(str(problem).split())}). Copy it again.") from None
     pieces: dict[str, dict[str, bytes]] = {}
     for name, content in contents.items():
         if name.startswith("pieces/"):

@@ -233,6 +233,9 @@ def _pairs_sentence(findings: Findings, judged: Sequence[RunRow], protocol: str)
         return ""
     by = f"By {WAYS.get(protocol, protocol)} on {where(runs[0].data, runs[0].judged_on)}"
     uncalled = "" if images is None else f", and {close} too close to call on {images:,} test images"
+    if total == 1:
+        came = "in the foreseen order" if right else "in the opposite order" if wrong else "too close to call"
+        return f"{by}, the one pair of targets that differ in {score.named} came out {came}."
     return (
         f"{by}, of {total} pairs of targets that differ in {score.named}, {right} came out in the foreseen order, "
         f"{wrong} in the opposite one{uncalled}."
