@@ -336,6 +336,7 @@ def main() -> None:
     parser.add_argument("--kills", type=int, default=25)
     parser.add_argument("--quick", action="store_true", help="five kills and no second process; nothing is recorded")
     options = parser.parse_args()
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)  # under nohup every run would rightly ignore it
     draw, began, rows = random.Random(options.seed), time.monotonic(), []
     mounts = os.geteuid() == 0 and shutil.which("mount") is not None
     with tempfile.TemporaryDirectory() as folder:
