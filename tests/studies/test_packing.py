@@ -75,7 +75,8 @@ def test_no_text_in_the_file_names_the_machine_s_folders(name: str, made: Made, 
         content = archive.extractfile(f"{run.relative_to(here)}/manifest.json")
         assert content is not None
         assert json.loads(content.read()) == {"out": "__STUDY__", "other": str(twin)}  # a longer name is another folder
-    there = unpack_study(tmp_path / "study.tar.gz", out=tmp_path / "there" / "s") and tmp_path / "there" / "s"
+    there = tmp_path / "there" / "s"
+    unpack_study(tmp_path / "study.tar.gz", out=there)
     found = texts_of(there)
     assert not any("__STUDY__" in text for text in found.values())
     config = yaml.safe_load((there / run.relative_to(here) / "config.yaml").read_text())

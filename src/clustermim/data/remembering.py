@@ -8,6 +8,7 @@ import os
 import zipfile
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import PIL
@@ -24,9 +25,17 @@ _TORN = (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile)
 Moments = dict[int, tuple[np.ndarray, np.ndarray]]
 
 
-def cache_folder(kind: str) -> Path:
-    """Where the user's cache keeps things of this kind: below $XDG_CACHE_HOME, or ~/.cache."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "clustermim" / kind
+def cache_file(kind: str, facts: Any, suffix: str) -> Path:
+    """Where the user's cache keeps what was found out about `facts`: below $XDG_CACHE_HOME, or ~/.cache."""
+    home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    return home / "clustermim" / kind / f"{hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:32]}{suffix}"
+
+
+def keep(path: Path, content: bytes | str) -> None:
+    """Write a file of the cache. A full or read-only home costs finding it out again, no more."""
+    with contextlib.suppress(OSError, ResourceError):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        atomic_write(path, content)
 
 
 def state_of(files: Sequence[Path]) -> str | None:
@@ -61,7 +70,7 @@ class LooksKept:
     def __init__(self, name: str, how: object, state: str) -> None:
         self.state = state
         facts = [_FORMAT, PIL.__version__, str(Path(name).absolute()), repr(how)]
-        self.path = cache_folder("looks") / f"{hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:32]}.npz"
+        self.path = cache_file("looks", facts, ".npz")
 
     def read(self, count: int) -> tuple[np.ndarray, Moments] | None:
         """Shapes (n, 3) and moments of what is known of `count` images; None: nothing, or of another state."""
@@ -74,7 +83,7 @@ class LooksKept:
         return None
 
     def write(self, shapes: np.ndarray, moments: Moments) -> None:
-        """Keep them. A full or read-only home costs another look, no more."""
+        """Keep them, where the cache can be written."""
         held = io.BytesIO()
         values = [value for pair in moments.values() for value in pair]
         np.savez(
@@ -85,6 +94,4 @@ class LooksKept:
             channels=np.array([len(mean) for mean, _ in moments.values()], dtype=np.int64),
             values=np.concatenate(values) if values else np.zeros(0),
         )
-        with contextlib.suppress(OSError, ResourceError):
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            atomic_write(self.path, held.getvalue())
+        keep(self.path, held.getvalue())

@@ -1,7 +1,6 @@
 """How many images each shard has: counted once, and remembered for files that have not changed since."""
 
 import contextlib
-import hashlib
 import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -9,9 +8,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.progress import track
 
-from clustermim.data.remembering import cache_folder
-from clustermim.errors import ResourceError
-from clustermim.runs import atomic_write
+from clustermim.data.remembering import cache_file, keep
 
 Count = tuple[int, str | None]
 """Images of a shard, and what is wrong with it, if anything."""
@@ -32,7 +29,7 @@ def counted(files: Sequence[Path], what: str, count: Callable[[Path], Count]) ->
         Looks into one file.
     """
     facts = [(str(file.resolve()), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
-    kept = cache_folder("shards") / f"{hashlib.sha256(json.dumps([what, facts]).encode()).hexdigest()[:32]}.json"
+    kept = cache_file("shards", [what, facts], ".json")
     with contextlib.suppress(OSError, ValueError):
         return [(int(number), problem) for number, problem in json.loads(kept.read_text())]
     shown = track(
@@ -43,7 +40,5 @@ def counted(files: Sequence[Path], what: str, count: Callable[[Path], Count]) ->
         disable=len(files) < _WORTH_A_BAR,
     )
     found = [count(file) for file in shown]
-    with contextlib.suppress(OSError, ResourceError):  # a full or read-only home costs counting again, no more
-        kept.parent.mkdir(parents=True, exist_ok=True)
-        atomic_write(kept, json.dumps(found))
+    keep(kept, json.dumps(found))
     return found
