@@ -24,6 +24,7 @@ SIDE, PATCH, RATIO = 224, 16, 0.75
 BATCH = int(os.environ.get("BATCH", "32"))
 WIDTH, DEPTH, HEADS = 256, 8, 8
 VOCABULARY = 50
+PEERS = ("transformers", "lightly", "stable-pretraining")
 LR, DECAY, BETAS = 1.5e-4, 0.05, (0.9, 0.95)
 
 PRODUCTS = ("mm", "addmm", "bmm", "baddbmm", "_linear_pointwise")
@@ -235,7 +236,7 @@ def stable_pretraining_arm(precision: str, compile: bool) -> Callable[[], tuple[
 
 def choose(arm: str, precision: str, compile: bool) -> Callable[[], tuple[dict[str, int], Step]]:
     """The maker of an arm; what it needs is imported here, so that memory can be counted from then on."""
-    if arm in ("transformers", "lightly", "stable-pretraining"):
+    if arm in PEERS:
         makers = {"transformers": transformers_arm, "lightly": lightly_arm}
         return makers.get(arm, stable_pretraining_arm)(precision, compile)
     if arm == "products":
@@ -262,6 +263,10 @@ def main() -> None:
     os.dup2(2, 1)  # what libraries print does not belong among the answers
     if options.peers:
         sys.path.append(options.peers)
+    if options.arm not in PEERS:  # ours as its command line starts it
+        from clustermim.heap import keep_freed_memory
+
+        keep_freed_memory()
     import torch
 
     torch.set_num_threads(options.threads)

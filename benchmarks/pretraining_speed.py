@@ -21,13 +21,12 @@ import time
 from pathlib import Path
 from typing import Any
 
-from pretraining_arms import BATCH, PRODUCTS, choose
+from pretraining_arms import BATCH, PEERS, PRODUCTS, choose
 from recording import record
 
 from clustermim.openmp import WAITING
 from clustermim.products import multiplies_bfloat16
 
-PEERS = ("transformers", "lightly", "stable-pretraining")
 OURS = ("pixel", "token")
 CROSS = ("pixel cross", "pixel cross 1/4")
 FLOOR = "products"

@@ -19,6 +19,7 @@ from rich.console import Console
 
 from clustermim import __version__
 from clustermim.errors import ClusterMIMError, InputError, nearest
+from clustermim.heap import keep_freed_memory
 from clustermim.openmp import WAITING
 
 _VERBS = {
@@ -241,4 +242,5 @@ def main() -> None:
     """Entry point of the `clustermim` command."""
     if not WAITING.keys() & os.environ.keys():
         os.environ.update(WAITING)
+    keep_freed_memory()
     sys.exit(run(sys.argv[1:]))

@@ -21,7 +21,7 @@ from clustermim.mim.last_block import LastBlock
 from clustermim.products import linear
 
 _WEIGHTS = 1 << 21
-"""Attention weights held at a time, of as many images as that is: what stays in a core's cache."""
+"""Bytes of attention weights held at a time, of as many images as that is: what stays in a core's cache."""
 
 
 class LeanBlock(Block):
@@ -172,16 +172,18 @@ class _AttentionHalf(torch.autograd.Function):
         x, norm, shift, mean, rstd, qkv, proj, packed, mixed = ctx.saved_tensors
         dim, kind = x.shape[-1], norm.dtype
         inner = _rows(grad.to(ctx.low))
+        of_proj_bias = inner.sum(0)  # at once, while it is in the cache
         of_mixed = linear(inner, proj.t()).view_as(mixed)
         whole = torch.empty_like(packed)
         _attend_backward(of_mixed, packed[..., :dim], packed[..., dim:], ctx.heads, whole[..., :dim], whole[..., dim:])
         of_packed = _rows(whole)
+        of_qkv_bias = of_packed.sum(0)
         normed = _rows(_normed(x, norm, shift, mean, rstd).to(ctx.low))
         of_normed = linear(of_packed, qkv.t()).view_as(x)
         of_x, of_norm, of_shift = _norm_backward(of_normed, x, norm, shift, mean, rstd)
         return (
-            of_x.add_(grad), of_norm, of_shift, (of_packed.t() @ normed).to(kind), of_packed.sum(0).to(kind),
-            (inner.t() @ _rows(mixed)).to(kind), inner.sum(0).to(kind), None, None, None,
+            of_x.add_(grad), of_norm, of_shift, (of_packed.t() @ normed).to(kind), of_qkv_bias.to(kind),
+            (inner.t() @ _rows(mixed)).to(kind), of_proj_bias.to(kind), None, None, None,
         )  # fmt: skip
 
 
@@ -250,10 +252,11 @@ class _MlpHalf(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, norm, shift, mean, rstd, fc1, fc2, wide = ctx.saved_tensors
         inner = grad.to(ctx.low).flatten(0, 1)
-        of_fc2, of_fc2_bias = inner.t() @ F.gelu(wide), inner.sum(0)
+        of_fc2_bias, of_fc2 = inner.sum(0), inner.t() @ F.gelu(wide)
         of_wide = torch.ops.aten.gelu_backward(linear(inner, fc2.t()), wide)
+        of_fc1_bias = of_wide.sum(0)
         normed = _normed(x, norm, shift, mean, rstd).to(ctx.low).flatten(0, 1)
-        of_fc1, of_fc1_bias = of_wide.t() @ normed, of_wide.sum(0)
+        of_fc1 = of_wide.t() @ normed
         of_normed = linear(of_wide, fc1.t()).view_as(x)
         of_x, of_norm, of_shift = _norm_backward(of_normed, x, norm, shift, mean, rstd)
         kind = norm.dtype
@@ -290,9 +293,9 @@ def _heads(x: Tensor, parts: int, heads: int) -> Tensor:
     return split.reshape(parts, b * heads, n, width // parts // heads)
 
 
-def _images(n: int, heads: int) -> int:
-    """How many images of n tokens are attended to at a time."""
-    return max(_WEIGHTS // (heads * n * n), 1)
+def _images(kv: Tensor, m: int, heads: int) -> int:
+    """How many images, of whose tokens m ask, are attended to at a time."""
+    return max(_WEIGHTS // (heads * m * kv.shape[1] * kv.itemsize), 1)
 
 
 def _attend(q: Float[Tensor, "b m d"], kv: Float[Tensor, "b n two_d"], heads: int) -> Float[Tensor, "b m d"]:
@@ -300,7 +303,7 @@ def _attend(q: Float[Tensor, "b m d"], kv: Float[Tensor, "b n two_d"], heads: in
     _, m, width = q.shape
     size = width // heads
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
-    images = _images(kv.shape[1], heads)
+    images = _images(kv, m, heads)
     for asking, asked, into in zip(*(torch.split(whole, images) for whole in (q, kv, out)), strict=True):
         (queries,) = _heads(asking, 1, heads)
         k, v = _heads(asked, 2, heads)
@@ -320,7 +323,7 @@ def _attend_backward(
     """Write the gradients of `_attend` for q and kv into `of_q` and `of_kv`; attention weights are computed again."""
     m, n = q.shape[1], kv.shape[1]
     size = q.shape[2] // heads
-    images = _images(n, heads)
+    images = _images(kv, m, heads)
     wholes = (q, kv, grad, of_q, of_kv)
     for asking, asked, given, into_q, into_kv in zip(*(torch.split(w, images) for w in wholes), strict=True):
         (queries,), (k, v), (of_out,) = _heads(asking, 1, heads), _heads(asked, 2, heads), _heads(given, 1, heads)

@@ -258,9 +258,15 @@ class PixelTarget(Target):
             pixels = take_rows(patchify(images.to(widened(predictions).dtype), self.patch_size), hidden)
             pixels = normalise(pixels, self.mean, self.std)
             if self.norm_pix:
-                variance, centre = torch.var_mean(pixels, dim=-1, keepdim=True)
-                pixels = (pixels - centre) / (variance + 1e-6).sqrt()
+                pixels = _standardised(pixels, 1e-6)
         return TargetLoss(F.mse_loss(widened(predictions), pixels), {})
+
+
+def _standardised(patches: Float[Tensor, "b n d"], eps: float) -> Float[Tensor, "b n d"]:
+    """Patches less their mean, over the square root of their variance (that of D - 1) and eps: one pass as a norm."""
+    dim = patches.shape[-1]
+    share = (dim - 1) / dim
+    return F.layer_norm(patches, (dim,), patches.new_full((dim,), share**0.5), eps=eps * share)
 
 
 class FeatureTarget(Target):

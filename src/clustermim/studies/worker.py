@@ -14,6 +14,7 @@ from pathlib import Path
 import yaml
 
 from clustermim.errors import ClusterMIMError
+from clustermim.heap import keep_freed_memory
 
 
 def end_with_the_starter() -> None:
@@ -39,6 +40,7 @@ def main() -> int:
     parser.add_argument("--workers", type=int)
     parser.add_argument("--max-minutes", type=float)
     given = parser.parse_args()
+    keep_freed_memory()
 
     import time
 
