@@ -56,6 +56,28 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Findings]:
     return folder.path, findings
 
 
+def test_a_study_continued_elsewhere_names_all_that_made_it(tmp_path: Path) -> None:
+    recipe, sources, plan, folder = run_here(small_recipe(write_images(tmp_path, light=50)), tmp_path / "s")
+    trainings = [i for i, piece in plan.pieces.items() if piece.kind == "pretrain"]
+    for identity in trainings:
+        file = folder.piece(identity) / "result.json"
+        record = json.loads(file.read_text())
+        record["made_by"] |= {"git": "0123456789ab", "versions": record["made_by"]["versions"] | {"torch": "1.0.0"}}
+        record["made_by"]["hardware"] |= {"gpus": ["A GPU", "A GPU"]}
+        file.write_text(json.dumps(record))
+    write_findings(collect(plan, folder, recipe), plan, folder, sources, recipe, command="clustermim study small")
+
+    made_by = json.loads((folder.path / "results.json").read_text())["made_by"]
+    assert sum(n for maker in made_by["makers"] for n in maker["pieces"].values()) == len(plan.pieces)
+    (other,) = [maker for maker in made_by["makers"] if maker["git"] == "0123456789ab"]
+    assert other["pieces"] == {"pretrain": len(trainings)}
+    page = html.unescape((folder.path / "report.html").read_text())
+    told = dict(re.findall(r"<dt>([^<]*)</dt><dd>([^<]*)</dd>", page))
+    assert "2 × A GPU" in told["hardware"]
+    assert "and 1.0.0" in told["versions"]
+    assert f"0123456789ab ({len(trainings)} pieces)" in told["git revision of the working folder"]
+
+
 def test_the_page_is_whole_and_opens_with_the_answer(made: tuple[Path, Findings]) -> None:
     folder, findings = made
     page = (folder / "report.html").read_text()

@@ -11,6 +11,7 @@ from clustermim.studies.collecting import Findings
 from clustermim.studies.folder import StudyFolder
 from clustermim.studies.opening import Sources
 from clustermim.studies.pieces import Plan
+from clustermim.studies.provenance import machines, revisions, versions
 from clustermim.studies.recipe import Recipe
 from clustermim.studies.report_runs import add_runs
 from clustermim.studies.report_scores import add_scores
@@ -44,7 +45,7 @@ def build_report(
     command
         The command line that makes the study again.
     facts
-        Versions and hardware.
+        Versions, hardware and git revision of who draws the page, and of who finished the pieces under ``"makers"``.
     """
     page = Page(findings.title, lead=headline(findings, answers))
     pairs = findings.judgements
@@ -224,13 +225,14 @@ def _making(section: Section, findings: Findings, recipe: Recipe, command: str, 
             ("Score tokenizers of your own on the same images:", f"clustermim tcas --tokenizer DIR --data {data}"),
         ]
     )
-    versions = ", ".join(f"{name} {version}" for name, version in facts["versions"].items())
+    found, revision = facts["makers"], revisions(facts["makers"])
+    drawn = f"; this page: {facts['git']}" if facts["git"] and facts["git"] != revision else ""
     section.facts(
         {
             "time": f"{duration(findings.seconds)} of all pieces together",
-            "hardware": "; ".join(facts["machines"]),
-            "versions": versions,
-            **({"git revision of the working folder": facts["git"]} if facts["git"] else {}),
+            "hardware": "; ".join(machines(found)),
+            "versions": versions(found),
+            **({"git revision of the working folder": revision + drawn} if revision else {}),
             "data": ", ".join(f"{entry.name}: {entry.source}" for entry in recipe.data.values()),
         }
     )

@@ -14,6 +14,7 @@ from clustermim.studies.collecting import Findings
 from clustermim.studies.folder import StudyFolder
 from clustermim.studies.opening import Sources
 from clustermim.studies.pieces import Plan
+from clustermim.studies.provenance import makers
 from clustermim.studies.recipe import Recipe
 from clustermim.studies.report import build_report
 from clustermim.studies.telling import headline, plain
@@ -32,7 +33,7 @@ def write_findings(
         The command line that makes it again.
     """
     answers = answer(findings)
-    facts = environment_facts() | {"machines": machines(plan, folder)}
+    facts = environment_facts() | {"makers": makers(plan, folder)}
     told = {
         "title": findings.title,
         "command": command,
@@ -55,25 +56,6 @@ def write_findings(
     page = build_report(findings, answers, plan, folder, sources, recipe, command=command, facts=facts)
     atomic_write(folder.path / "report.html", page.html())
     return answers
-
-
-def machines(plan: Plan, folder: StudyFolder) -> list[str]:
-    """Processors and GPUs that finished pieces, each once."""
-    found: dict[str, None] = {}
-    for identity in plan.pieces:
-        if folder.piece(identity).exists():
-            hardware = folder.record(identity).get("made_by", {}).get("hardware", {})
-            found[_machine(hardware)] = None
-    return [one for one in found if one]
-
-
-def _machine(hardware: Mapping[str, Any]) -> str:
-    """Processor, cores and GPUs in words."""
-    gpus: list[str] = hardware.get("gpus", [])
-    words = [f"{gpus.count(name)} × {name}" for name in dict.fromkeys(gpus)]
-    words += [str(hardware["processor"])] if "processor" in hardware else []
-    words += [f"{hardware['cores']} cores"] if "cores" in hardware else []
-    return ", ".join([*words, *([str(hardware["machine"])] if "machine" in hardware else [])])
 
 
 def as_csv(rows: list[dict[str, Any]]) -> str:
