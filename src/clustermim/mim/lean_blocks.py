@@ -2,8 +2,9 @@
 
 A block is x + attention(norm(x)), then x + mlp(norm(x)). Autograd keeps every step's result for the backward pass; here
 each half is one function that keeps what is dear to compute (projections, attention's output) and computes again what
-is cheap (norms, GELU, attention weights). Attention goes over a few images at a time, so that the weights of all pairs
-of patches stay in the cache. Products in 32 bits are oneDNN's, which are faster than aten's on the CPUs looked at.
+is cheap (norms, GELU, attention weights). Attention in 32 bits is PyTorch's kernel; otherwise it goes over a few images
+at a time, so that the weights of all pairs of patches stay in the cache. Products in 32 bits are oneDNN's, which are
+faster than aten's on the CPUs looked at.
 """
 
 from typing import Any, cast
@@ -161,21 +162,22 @@ class _AttentionHalf(torch.autograd.Function):
         qkv_low, proj_low, dim = qkv.to(low), proj.to(low), x.shape[-1]
         normed, mean, rstd = torch.native_layer_norm(x, x.shape[-1:], norm, shift, eps)
         packed = linear(_rows(normed.to(low)), qkv_low, qkv_bias.to(low)).view(*x.shape[:2], -1)
-        mixed = _attend(packed[..., :dim], packed[..., dim:], heads)
+        mixed, sums = _attend(packed[..., :dim], packed[..., dim:], heads)
         out = linear(_rows(mixed), proj_low, proj_bias.to(low)).view_as(x)
-        ctx.save_for_backward(x, norm, shift, mean, rstd, qkv_low, proj_low, packed, mixed)
+        ctx.save_for_backward(x, norm, shift, mean, rstd, qkv_low, proj_low, packed, mixed, sums)
         ctx.heads, ctx.low = heads, low
         return x + out
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        x, norm, shift, mean, rstd, qkv, proj, packed, mixed = ctx.saved_tensors
+        x, norm, shift, mean, rstd, qkv, proj, packed, mixed, sums = ctx.saved_tensors
         dim, kind = x.shape[-1], norm.dtype
         inner = _rows(grad.to(ctx.low))
         of_proj_bias = inner.sum(0)  # at once, while it is in the cache
         of_mixed = linear(inner, proj.t()).view_as(mixed)
         whole = torch.empty_like(packed)
-        _attend_backward(of_mixed, packed[..., :dim], packed[..., dim:], ctx.heads, whole[..., :dim], whole[..., dim:])
+        parts, into = (packed[..., :dim], packed[..., dim:]), (whole[..., :dim], whole[..., dim:])
+        _attend_backward(of_mixed, *parts, mixed, sums, ctx.heads, *into)
         of_packed = _rows(whole)
         of_qkv_bias = of_packed.sum(0)
         normed = _rows(_normed(x, norm, shift, mean, rstd).to(ctx.low))
@@ -201,24 +203,24 @@ class _CrossHalf(torch.autograd.Function):
         seen, *of_context = torch.native_layer_norm(context, x.shape[-1:], other_norm, other_shift, eps)
         queries = linear(_rows(normed.to(low)), q_low, q_bias.to(low)).view_as(x)
         packed = linear(_rows(seen.to(low)), kv_low, kv_bias.to(low)).view(*context.shape[:2], -1)
-        mixed = _attend(queries, packed, heads)
+        mixed, sums = _attend(queries, packed, heads)
         out = linear(_rows(mixed), proj_low, proj_bias.to(low)).view_as(mixed)
         ctx.save_for_backward(
             x, norm, shift, *of_x, context, other_norm, other_shift, *of_context, q_low, kv_low, proj_low, queries,
-            packed, mixed,
+            packed, mixed, sums,
         )  # fmt: skip
         ctx.heads, ctx.low = heads, low
         return x + out
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        *saved, q, kv, proj, queries, packed, mixed = ctx.saved_tensors
+        *saved, q, kv, proj, queries, packed, mixed, sums = ctx.saved_tensors
         norm, other = saved[:5], saved[5:]
         kind = norm[1].dtype
         inner = _rows(grad.to(ctx.low))
         of_mixed = linear(inner, proj.t()).view_as(mixed)
         of_queries, of_packed = torch.empty_like(queries), torch.empty_like(packed)
-        _attend_backward(of_mixed, queries, packed, ctx.heads, of_queries, of_packed)
+        _attend_backward(of_mixed, queries, packed, mixed, sums, ctx.heads, of_queries, of_packed)
         found: list[list[Tensor]] = []
         for given, weight, (x, scale, shift, mean, rstd) in ((of_queries, q, norm), (of_packed, kv, other)):
             given = _rows(given)
@@ -286,11 +288,21 @@ def _norm_backward(
     return found
 
 
+def _apart(x: Tensor, parts: int, heads: int) -> Tensor:
+    """(B, N, parts·H·d) as (parts, B, H, N, d), a view."""
+    b, n, width = x.shape
+    return x.view(b, n, parts, heads, width // parts // heads).permute(2, 0, 3, 1, 4)
+
+
+def _looking(q: Tensor, kv: Tensor, heads: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Queries, keys and values as (B, H, N, d), views."""
+    (queries,), (keys, values) = _apart(q, 1, heads), _apart(kv, 2, heads)
+    return queries, keys, values
+
+
 def _heads(x: Tensor, parts: int, heads: int) -> Tensor:
     """(B, N, parts·H·d) as (parts, B·H, N, d); of one image a view."""
-    b, n, width = x.shape
-    split = x.view(b, n, parts, heads, width // parts // heads).permute(2, 0, 3, 1, 4)
-    return split.reshape(parts, b * heads, n, width // parts // heads)
+    return _apart(x, parts, heads).flatten(1, 2)
 
 
 def _images(kv: Tensor, m: int, heads: int) -> int:
@@ -298,8 +310,21 @@ def _images(kv: Tensor, m: int, heads: int) -> int:
     return max(_WEIGHTS // (heads * m * kv.shape[1] * kv.itemsize), 1)
 
 
-def _attend(q: Float[Tensor, "b m d"], kv: Float[Tensor, "b n two_d"], heads: int) -> Float[Tensor, "b m d"]:
-    """softmax(q kᵀ / √d) v for queries of some tokens, and keys and values of all, one behind the other."""
+def _by_one_kernel(x: Tensor) -> bool:
+    """Whether PyTorch's own attention is the faster: in 32 bits by a half; in bf16 its backward takes twice."""
+    return x.dtype == torch.float32 and hasattr(torch.ops.aten, "_scaled_dot_product_flash_attention_for_cpu")
+
+
+def _attend(
+    q: Float[Tensor, "b m d"], kv: Float[Tensor, "b n two_d"], heads: int
+) -> tuple[Float[Tensor, "b m d"], Tensor | None]:
+    """softmax(q kᵀ / √d) v for queries of some tokens, and keys and values of all, one behind the other.
+
+    Where one kernel does it, what its backward pass needs comes along: the logarithms of softmax's sums.
+    """
+    if _by_one_kernel(q):
+        found, sums = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(*_looking(q, kv, heads))
+        return found.transpose(1, 2).reshape(q.shape), sums
     _, m, width = q.shape
     size = width // heads
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
@@ -309,20 +334,34 @@ def _attend(q: Float[Tensor, "b m d"], kv: Float[Tensor, "b n two_d"], heads: in
         k, v = _heads(asked, 2, heads)
         weights = torch.bmm(queries * size**-0.5, k.transpose(1, 2)).softmax(-1)
         into.view(-1, m, heads, size).transpose(1, 2).copy_(torch.bmm(weights, v).view(-1, heads, m, size))
-    return out
+    return out, None
 
 
 def _attend_backward(
     grad: Float[Tensor, "b m d"],
     q: Float[Tensor, "b m d"],
     kv: Float[Tensor, "b n two_d"],
+    out: Float[Tensor, "b m d"],
+    sums: Tensor | None,
     heads: int,
     of_q: Float[Tensor, "b m d"],
     of_kv: Float[Tensor, "b n two_d"],
 ) -> None:
-    """Write the gradients of `_attend` for q and kv into `of_q` and `of_kv`; attention weights are computed again."""
+    """Write the gradients of `_attend` for q and kv into `of_q` and `of_kv`; attention weights are computed again.
+
+    `out` and `sums` are what it gave back.
+    """
     m, n = q.shape[1], kv.shape[1]
     size = q.shape[2] // heads
+    if sums is not None:
+        of_out, looked = (_apart(x, 1, heads)[0] for x in (grad, out))
+        found = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
+            of_out, *_looking(q, kv, heads), looked, sums, 0.0, False
+        )
+        _apart(of_q, 1, heads)[0].copy_(found[0])
+        for place, part in zip(_apart(of_kv, 2, heads), found[1:], strict=True):
+            place.copy_(part)
+        return
     images = _images(kv, m, heads)
     wholes = (q, kv, grad, of_q, of_kv)
     for asking, asked, given, into_q, into_kv in zip(*(torch.split(w, images) for w in wholes), strict=True):
@@ -332,8 +371,7 @@ def _attend_backward(
         of_scores = torch.ops.aten._softmax_backward_data(
             torch.bmm(of_out, v.transpose(1, 2)), weights, -1, weights.dtype
         )
-        of_k, of_v = into_kv.view(-1, n, 2, heads, size).permute(2, 0, 3, 1, 4)
-        of_queries = into_q.view(-1, m, heads, size).transpose(1, 2)
+        (of_queries,), (of_k, of_v) = _apart(into_q, 1, heads), _apart(into_kv, 2, heads)
         of_queries.copy_(torch.bmm(of_scores, k).mul_(size**-0.5).view(-1, heads, m, size))
         of_k.copy_(torch.bmm(of_scores.transpose(1, 2), queries).view(-1, heads, n, size))
         of_v.copy_(torch.bmm(weights.transpose(1, 2), of_out).view(-1, heads, n, size))
