@@ -35,6 +35,7 @@ ARMS = Path(__file__).with_name("pretraining_arms.py")
 
 KERNELS = {
     "matrix products": PRODUCTS,
+    "attention by one kernel": ("flash_attention",),
     "softmax, GELU": ("softmax", "gelu"),
     "norms": ("layer_norm",),
     "copies and casts": ("copy_", "cat", "fill_", "index", "clone"),
