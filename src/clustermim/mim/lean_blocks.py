@@ -333,7 +333,7 @@ def _attend(
         (queries,) = _heads(asking, 1, heads)
         k, v = _heads(asked, 2, heads)
         weights = torch.bmm(queries * size**-0.5, k.transpose(1, 2)).softmax(-1)
-        into.view(-1, m, heads, size).transpose(1, 2).copy_(torch.bmm(weights, v).view(-1, heads, m, size))
+        _apart(into, 1, heads)[0].copy_(torch.bmm(weights, v).view(-1, heads, m, size))
     return out, None
 
 
