@@ -1,10 +1,12 @@
 """What a plan costs before it is begun: time from a few real steps and counted operations, and room on the disk.
 
-Time is a rough guide. The speed of this machine is measured on the cheapest training of the plan, and everything else
-is scaled by its number of operations, so that a plan for a large GPU can be looked at on a laptop.
+Time is a rough guide. The speed of this machine is measured on the largest training of the plan of which a few steps
+take about a second, and for K-means, which is products only, on a product; everything else is scaled by its number of
+operations, so that a plan for a large GPU can be looked at on a laptop.
 """
 
 import shutil
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,17 +14,23 @@ from typing import Any
 
 import timm
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
+from clustermim.data.views import ViewConfig
 from clustermim.encoders.presets import decoder_defaults, model_kwargs
 from clustermim.errors import InputError
 from clustermim.studies.folder import SETTLED, StudyFolder
 from clustermim.studies.opening import Sources
 from clustermim.studies.pieces import Cell, Piece, Plan
 from clustermim.studies.states import states_of
+from clustermim.tokenizers.vqvae.network import Decoder, Encoder
+from clustermim.tokenizers.vqvae.training import VQVAEConfig
 from clustermim.training.launch import Device, resolve_device, trains_in
 from clustermim.verbs.pretrain_encoder import pretrain
 
 _MEASURED_STEP = 4e10  # operations of a measured step: about a second on two cores
+_MEASURED_BATCH = 32  # images of a measured step, at least, or a training of fewer operations is measured
+_PRODUCT = (4096, 256, 1024)  # patches, numbers, centroids of a measured product, which is done eight times
 _SCORED_A_SECOND = 500.0  # images that are scored in a second: read, tokenized for five figures, counted
 _FEATURES = 200  # numbers that describe a patch, where that is not known
 
@@ -67,11 +75,11 @@ def estimate_cost(plan: Plan, sources: Sources, folder: StudyFolder, *, device: 
     threads
         CPU threads of a process.
     """
-    rate = _measure(plan, sources, device, threads)
+    rate, products = _measure(plan, sources, device, threads), _measure_products(device, threads)
     cells = {identity: cell for cell in plan.cells for identity in _runs(cell)}
     seconds, left = {}, {}
     for identity, piece in plan.pieces.items():
-        seconds[identity] = _seconds(piece, plan, cells, sources, rate)
+        seconds[identity] = _seconds(piece, plan, cells, sources, rate, products)
         left[identity] = _bytes(piece, cells, sources)
     working = max((6 * left[i] for i, piece in plan.pieces.items() if piece.kind == "pretrain"), default=0)
     return Cost(seconds=_corrected(seconds, plan, folder), bytes=left, working=working, rate=rate)
@@ -126,7 +134,9 @@ def _operations(cell: Cell, sources: Sources) -> float:
 def _measure(plan: Plan, sources: Sources, device: Device, threads: int) -> float:
     if not plan.cells:
         return 2e10 * threads
-    cell = min(plan.cells, key=lambda one: _operations(one, sources))
+    by_size = sorted(plan.cells, key=lambda one: _operations(one, sources))
+    quick = [one for one in by_size if _MEASURED_BATCH * _operations(one, sources) <= _MEASURED_STEP]
+    cell = quick[-1] if quick else by_size[0]
     each = _operations(cell, sources)
     most = min(int(cell.settings["batch_size"]), len(sources.train(cell.data)))
     batch = max(1, min(most, int(_MEASURED_STEP / each)))
@@ -153,7 +163,37 @@ def _measure(plan: Plan, sources: Sources, device: Device, threads: int) -> floa
     return float(figures["images_per_second"]) * each
 
 
-def _seconds(piece: Piece, plan: Plan, cells: Mapping[str, Cell], sources: Sources, rate: float) -> float:
+def _measure_products(device: Device, threads: int) -> float:
+    """Operations a second of a product in 32 bits, such as those that find the nearest centroids."""
+    rows, numbers, columns = _PRODUCT
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        a = torch.ones(rows, numbers, device=resolve_device(device))
+        b = torch.ones(numbers, columns, device=a.device)
+        found = (a @ b).sum().item()  # which waits for a GPU to be ready
+        start = time.perf_counter()
+        for _ in range(8):
+            found += (a @ b)[0, 0].item()
+        return float(8 * 2 * rows * numbers * columns / (time.perf_counter() - start))
+    finally:
+        torch.set_num_threads(before)
+
+
+def _autoencoder_operations(config: VQVAEConfig, patch_size: int, view: ViewConfig) -> float:
+    """Of one image in one training step of a VQ-VAE: the backward pass takes twice the forward's."""
+    sizes = {"channels": view.channels, "patch_size": patch_size, "width": config.width, "depth": config.depth}
+    with torch.device("meta"):
+        halves = Encoder(**sizes, code_dim=config.code_dim), Decoder(**sizes, code_dim=config.code_dim)
+        image = torch.empty(1, view.channels, *view.image_size)
+    with FlopCounterMode(display=False) as counter:
+        halves[1](halves[0](image))
+    return float(3 * counter.get_total_flops())
+
+
+def _seconds(
+    piece: Piece, plan: Plan, cells: Mapping[str, Cell], sources: Sources, rate: float, products: float
+) -> float:
     train = sources.train(piece.data)
     images = len(train)
     if piece.kind == "pretrain":
@@ -163,9 +203,11 @@ def _seconds(piece: Piece, plan: Plan, cells: Mapping[str, Cell], sources: Sourc
         side, settings = piece.settings["patch_size"], piece.settings
         patches = images * (train.view.image_size[0] // side) * (train.view.image_size[1] // side)
         if settings.get("kind") == "vqvae":
-            return float(6e5 * patches * (settings.get("epochs") or 8) / rate + 5.0)
+            config = VQVAEConfig.picked(settings)
+            each = _autoencoder_operations(config, side, train.view)
+            return images * config.epochs_for(images) * each / rate + 5.0
         passes = 20 if settings.get("kind", "kmeans") == "kmeans" else 0
-        return float(2.0 * patches * _FEATURES * settings.get("k", 50) * passes / rate + images / 2000 + 1.0)
+        return float(2.0 * patches * _FEATURES * settings.get("k", 50) * passes / products + images / 2000 + 1.0)
     if piece.kind == "score":
         return float(min(images, piece.settings["images"] or images) / _SCORED_A_SECOND + 2.0)
     if piece.kind == "predict":

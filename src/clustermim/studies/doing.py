@@ -77,10 +77,7 @@ def _fit(piece: Piece, bench: Bench, work: Path) -> dict[str, Any]:
     settings = {key: value for key, value in piece.settings.items() if key != "images"}
     learned = {one.name for one in fields(VQVAEConfig)}
     if settings.get("kind") == "vqvae":
-        chosen: dict[str, Any] = {
-            key: tuple(v) if isinstance(v, list) else v for key, v in settings.items() if key in learned
-        }
-        settings["vqvae"] = VQVAEConfig(**chosen, max_minutes=bench.minutes_left())
+        settings["vqvae"] = VQVAEConfig.picked(settings, max_minutes=bench.minutes_left())
     settings = {key: value for key, value in settings.items() if key not in learned}
     train, out, features = bench.sources.train(piece.data), work / "tokenizer", settings.get("features")
     if isinstance(features, str) and PLACEHOLDER.search(features):

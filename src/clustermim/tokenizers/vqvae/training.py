@@ -2,8 +2,8 @@
 
 import math
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, fields
 from typing import Annotated, Any, Literal
 
 import torch
@@ -113,6 +113,13 @@ class VQVAEConfig:
                 f"--temperature takes the first and the last, falling and above 0, not {first:g} {last:g}."
             )
         parse_interval(self.checkpoint_every)
+
+    @classmethod
+    def picked(cls, settings: Mapping[str, Any], **more: Any) -> "VQVAEConfig":
+        """With those of the settings that are its options, lists as tuples, and `more`."""
+        known = {one.name for one in fields(cls)} & set(settings)
+        chosen: dict[str, Any] = {key: tuple(v) if isinstance(v := settings[key], list) else v for key in known}
+        return cls(**chosen, **more)
 
     def epochs_for(self, images: int) -> int:
         """The passes over so many images."""
