@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 
+from clustermim.studies.carrying import Carried, carried
 from clustermim.studies.collecting import Findings, RunRow
 from clustermim.studies.correlating import Correlation, Difference, Regret, correlate, paired_difference, regret
 from clustermim.studies.scores import SCORES, Score
@@ -89,6 +90,7 @@ class Answers:
     ranked: Sequence[Ranked]
     pairs: Sequence[Pair]
     sweeps: Sequence[Sweep]
+    carried: Sequence[Carried] = ()
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for `results.json`."""
@@ -96,6 +98,7 @@ class Answers:
             "correlations": [one.row() for one in self.ranked],
             "pairs": [one.row() for one in self.pairs],
             "sweeps": [asdict(one) for one in self.sweeps],
+            "carried": [one.row() for one in self.carried],
         }
 
 
@@ -109,7 +112,7 @@ def answer(findings: Findings) -> Answers:
             ranked += _rank(findings, judged, data, judged_on, protocol)
             pairs += _pairs(findings, judged, data, judged_on, protocol)
             sweeps += _sweeps(findings, judged, data, judged_on, protocol)
-    return Answers(ranked=ranked, pairs=pairs, sweeps=sweeps)
+    return Answers(ranked=ranked, pairs=pairs, sweeps=sweeps, carried=carried(findings))
 
 
 def main_setting(runs: Sequence[RunRow]) -> list[RunRow]:

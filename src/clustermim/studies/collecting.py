@@ -1,7 +1,7 @@
 """What a study found, gathered from its folder: tokenizers with scores, encoders with accuracies, and what failed."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from clustermim.errors import InputError
@@ -80,6 +80,8 @@ class FloorRow:
     judged_on: str
     name: str
     accuracy: Mapping[str, float] = field(default_factory=dict)
+    of_tokens: bool = False
+    """Whether it rests on tokens that were fitted on `data`; else on nothing but what is judged."""
     reason: str = ""
 
 
@@ -109,6 +111,12 @@ class Findings:
         """The encoders of one such pair."""
         return [row for row in self.runs if (row.data, row.judged_on) == (data, judged_on)]
 
+    @property
+    def floors_once(self) -> list[FloorRow]:
+        """The floors without repetitions: one that rests on no tokens is the same whatever was pretrained on."""
+        once = [floor if floor.of_tokens else replace(floor, data=floor.judged_on) for floor in self.floors]
+        return list({(floor.data, floor.judged_on, floor.name): floor for floor in once}.values())
+
     def scores_of(self, row: RunRow) -> Mapping[str, float]:
         """The scores that speak of what an encoder predicts; none where nothing was scored."""
         return next((t.scores for t in self.tokens if t.data == row.data and t.name == row.scored_as), {})
@@ -131,8 +139,8 @@ class Findings:
             chosen = {f"{p}_layer": place for p, place in r.places.items()}
             scored = {key: value for key, value in self.scores_of(r).items() if key in BY_KEY}
             found.append({"row": "encoder", **plain, **r.accuracy, **ends, **chosen, **scored})
-        for f in self.floors:
-            plain = {k: v for k, v in vars(f).items() if k != "accuracy"}
+        for f in self.floors_once:
+            plain = {k: v for k, v in vars(f).items() if k not in ("accuracy", "of_tokens")}
             found.append({"row": "floor", **plain, **f.accuracy})
         return found
 
@@ -288,9 +296,10 @@ class _Gatherer:
         rows = []
         for floor in self.plan.floors:
             for judge, identity in floor.probe.items():
+                row = FloorRow(data=floor.data, judged_on=judge, name=floor.name, of_tokens=floor.of_tokens)
                 if self.states[identity] != "done":
-                    rows.append(FloorRow(data=floor.data, judged_on=judge, name=floor.name, reason=self.why(identity)))
+                    rows.append(replace(row, reason=self.why(identity)))
                     continue
                 accuracy = {row["protocol"]: row["top1"] for row in self.record(identity)["result"]["rows"]}
-                rows.append(FloorRow(data=floor.data, judged_on=judge, name=floor.name, accuracy=accuracy))
+                rows.append(replace(row, accuracy=accuracy))
         return rows

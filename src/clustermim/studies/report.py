@@ -19,7 +19,16 @@ from clustermim.studies.report_tokens import add_tokens
 from clustermim.studies.scores import leading
 from clustermim.studies.steps import step_commands
 from clustermim.studies.tables import protocol_title
-from clustermim.studies.telling import floor_sentences, headline, moment, opening, pair_sentence, sweep_sentences, where
+from clustermim.studies.telling import (
+    carried_sentence,
+    floor_sentences,
+    headline,
+    moment,
+    opening,
+    pair_sentence,
+    sweep_sentences,
+    where,
+)
 from clustermim.training.progress import duration
 
 
@@ -58,6 +67,8 @@ def build_report(
         _sweeps(page.section(opening(" and ".join(swept))), findings, answers)
     if answers.pairs:
         _pairs(page.section("The main comparison"), answers)
+    if answers.carried:
+        _carried(page.section("What carries over"), answers)
     if findings.tokens:
         add_tokens(page.section("Tokens and their scores"), findings, folder, sources, recipe)
     add_runs(page.section("Every encoder"), findings, folder)
@@ -117,7 +128,7 @@ def _targets(section: Section, findings: Findings, recipe: Recipe, pairs: Sequen
         "% interval over test images. Learning rate, layer and pool were chosen on validation images, by the same rule "
         "for every target; minutes are those of all trainings of a target, every learning rate and seed. Best encoder "
         "in bold; floors, in grey, do not compete. Targets without tokens have the score of `identity` tokens.",
-        muted=range(len(cells), len(cells) + len(findings.floors)),
+        muted=range(len(cells), len(cells) + len(findings.floors_once)),
         filterable=True,
     )
 
@@ -143,7 +154,7 @@ def _floors(findings: Findings) -> list[dict[str, Any]]:
             "reason": floor.reason or None,
             **{p: 100 * v for p, v in floor.accuracy.items()},
         }
-        for floor in findings.floors
+        for floor in findings.floors_once
     ]
 
 
@@ -170,6 +181,25 @@ def _sweeps(section: Section, findings: Findings, answers: Answers) -> None:
                 for sweep in found
             )
         )
+
+
+def _carried(section: Section, answers: Answers) -> None:
+    for one in answers.carried:
+        section.paragraph(carried_sentence(one))
+    section.table(
+        [
+            Column(key="data", title="pretrained on", kind="text"),
+            Column(key="judged_on", title="judged on", kind="text"),
+            Column(key="way", title="by", kind="text"),
+            Column(key="spearman", title="Spearman", low="spearman_low", high="spearman_high", digits=2),
+            Column(key="kendall", title="Kendall", low="kendall_low", high="kendall_high", digits=2),
+            Column(key="cost", title="cost, points", low="cost_low", high="cost_high", digits=1),
+        ],
+        [one.row() | {"way": protocol_title(one.protocol)} for one in answers.carried],
+        caption="Rank correlation of the targets' accuracies on their own data with those on the other. Cost: how far "
+        "encoders lie below those of the same target that were pretrained on the data they are judged on, mean over "
+        "targets, in brackets the lowest and the highest target.",
+    )
 
 
 def _pairs(section: Section, answers: Answers) -> None:

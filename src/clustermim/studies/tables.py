@@ -12,6 +12,8 @@ from clustermim.studies.collecting import FINETUNED, Findings
 from clustermim.studies.scores import SCORES, leading
 from clustermim.studies.telling import headline, plain
 
+_ROOM = 8  # columns that a terminal has room for
+
 
 def protocol_title(protocol: str) -> str:
     """The name of a column of accuracies."""
@@ -47,7 +49,7 @@ def _encoders(findings: Findings) -> Table:
     for row in findings.runs:
         value = findings.scores_of(row).get(score.key)
         cells = [
-            *([row.data if row.data == row.judged_on else f"{row.data} → {row.judged_on}"] if several else []),
+            *([_arrow(row.data, row.judged_on)] if several else []),
             row.name,
             str(row.seed),
             "" if value is None else f"{value:z.3f}",
@@ -58,8 +60,8 @@ def _encoders(findings: Findings) -> Table:
         ]
         table.add_row(*cells, style="red" if row.reason else None)
     table.add_section()
-    for floor in findings.floors:
-        cells = [*([floor.judged_on] if several else []), floor.name, "", "", "", ""]
+    for floor in findings.floors_once:
+        cells = [*([_arrow(floor.data, floor.judged_on)] if several else []), floor.name, "", "", "", ""]
         cells += [f"{100 * floor.accuracy[p]:.1f}" if p in floor.accuracy else "–" for p in findings.protocols]
         table.add_row(*cells, *([floor.reason] if told else []), style="dim")
     trained = {row.tokens for row in findings.runs}
@@ -74,7 +76,7 @@ def _encoders(findings: Findings) -> Table:
 
 
 def _correlations(findings: Findings, answers: Answers) -> Table:
-    """Spearman of each score by protocol, for the two widest scopes."""
+    """Spearman of each score by protocol, for the two widest scopes; of many judgements by the main one of each."""
     table = Table(title="How each score ranked the targets (Spearman, positive is right)", title_justify="left")
     table.add_column("score", no_wrap=True)
     keys: Sequence[tuple[str, str, str, str]] = list(
@@ -82,12 +84,17 @@ def _correlations(findings: Findings, answers: Answers) -> Table:
             (r.data, r.judged_on, r.scope, r.protocol) for r in answers.ranked if r.scope in (EVERYTHING, CHOICES)
         )
     )
+    if len(keys) > _ROOM:
+        keys = [key for key in keys if key[2:] == (CHOICES, "linear")]
     for data, judged_on, scope, protocol in keys:
-        where = data if data == judged_on else f"{data} → {judged_on}"
-        table.add_column(f"{where}, {scope}, {protocol_title(protocol)}", justify="right")
+        table.add_column(f"{_arrow(data, judged_on)}, {scope}, {protocol_title(protocol)}", justify="right")
     for score in SCORES:
         found = {(r.data, r.judged_on, r.scope, r.protocol): r for r in answers.ranked if r.score == score}
         cells = [f"{found[key].correlation.spearman:+.2f}" if key in found else "" for key in keys]
         if any(cells):
             table.add_row(score.title, *cells)
     return table
+
+
+def _arrow(data: str, judged_on: str) -> str:
+    return data if data == judged_on else f"{data} → {judged_on}"

@@ -6,12 +6,15 @@ from datetime import datetime
 import numpy as np
 
 from clustermim.studies.answers import CHOICES, Answers, Pair, Ranked, Sweep, by_cell, main_setting
+from clustermim.studies.carrying import Carried
 from clustermim.studies.collecting import Findings, RunRow, test_images_of
 from clustermim.studies.correlating import FEWEST_RESAMPLED, Correlation, foreseen_pairs, noise
 from clustermim.studies.scores import leading
 
 WAYS = {"knn": "k-NN", "linear": "linear probe", "finetune": "fine-tuning", "fewshot": "few-shot"}
 """How a sentence names a protocol."""
+
+_FEW = 2  # judgements whose scores and pairs the top of the page has room for
 
 
 def where(data: str, judged_on: str) -> str:
@@ -20,10 +23,20 @@ def where(data: str, judged_on: str) -> str:
 
 
 def headline(findings: Findings, answers: Answers) -> list[str]:
-    """The answer in a few sentences, for the top of the page; computed, whichever way it comes out."""
+    """The answer in a few sentences, for the top of the page; computed, whichever way it comes out.
+
+    Of more than two judgements it says which target is best and what carries over; scores and pairs have sections.
+    """
     told = []
     for data, judged_on in findings.judgements:
         told += _best_sentence(findings, data, judged_on)
+        told += [
+            carried_sentence(one)
+            for one in answers.carried
+            if (one.data, one.judged_on, one.protocol) == (data, judged_on, "linear")
+        ]
+        if len(findings.judgements) > _FEW:
+            continue
         told += [
             _score_sentence(one, findings)
             for one in answers.ranked
@@ -151,6 +164,36 @@ def pair_sentence(pair: Pair) -> str:
                 doubt += f": that is more than chance among test images, for {alone}, but seeds may differ too"
     way = WAYS.get(pair.protocol, pair.protocol)
     return f"On {where(pair.data, pair.judged_on)}, {pair.ours} is **{points}** {pair.theirs}{among} by {way}{doubt}."
+
+
+def carried_sentence(one: Carried) -> str:
+    """Whether an order carries over to other data, and what it costs to pretrain elsewhere."""
+    way, told = WAYS.get(one.protocol, one.protocol), []
+    if one.order is not None:
+        c = one.order
+        n = f"{c.cells} targets of {one.data}"
+        if c.spearman_low is None:
+            told.append(
+                f"Whether the order of the {n} carries over to {one.judged_on} **cannot be told** by {way}: Spearman's "
+                f"correlation is {_signed(c.spearman)}, and an interval takes {FEWEST_RESAMPLED}."
+            )
+        else:
+            clear = "carries over" if c.spearman_low > 0 else "does not clearly carry over"
+            clear = "is turned round" if (c.spearman_high or 0) < 0 else clear
+            told.append(
+                f"The order of the {n} **{clear}** on {one.judged_on} by {way} (Spearman {_signed(c.spearman)}, 95 % "
+                f"interval {_signed(c.spearman_low)} to {_signed(c.spearman_high)})."
+            )
+    if one.costs:
+        values = list(one.costs.values())
+        mean = float(np.mean(values))
+        spread = f" (mean of {len(values)} targets, {_signed(-max(values), 1)} to {_signed(-min(values), 1)})"
+        side = "below" if mean >= 0 else "above"
+        told.append(
+            f"Pretrained on {one.data}, {'they' if told else 'encoders'} lie **{abs(mean):.1f} points {side}** those "
+            f"pretrained on {one.judged_on} itself{spread if len(values) > 1 else ''}."
+        )
+    return " ".join(told)
 
 
 def floor_sentences(findings: Findings) -> tuple[list[str], list[str]]:
