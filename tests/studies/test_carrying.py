@@ -76,8 +76,8 @@ AWAY = [("t", [0.4]), ("u", [0.5]), ("v", [0.3])]
 
 
 def test_a_sentence_says_what_the_interval_says() -> None:
-    assert "**carries over** on b" in orders(0.2, 1.0)
-    assert "**does not clearly carry over** on b" in orders(-0.2, 1.0)
+    assert "**carries over** to b" in orders(0.2, 1.0)
+    assert "**does not clearly carry over** to b" in orders(-0.2, 1.0)
     assert "**is turned round** on b" in orders(-1.0, -0.3)
     assert "**cannot be told** by linear probe" in orders(None, None)
     told = orders(0.2, 1.0, {"t": 1.0, "u": -0.5, "v": 2.5})

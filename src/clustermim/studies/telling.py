@@ -178,10 +178,10 @@ def carried_sentence(one: Carried) -> str:
                 f"correlation is {_signed(c.spearman)}, and an interval takes {FEWEST_RESAMPLED}."
             )
         else:
-            clear = "carries over" if c.spearman_low > 0 else "does not clearly carry over"
-            clear = "is turned round" if (c.spearman_high or 0) < 0 else clear
+            clear = "carries over** to" if c.spearman_low > 0 else "does not clearly carry over** to"
+            clear = "is turned round** on" if (c.spearman_high or 0) < 0 else clear
             told.append(
-                f"The order of the {n} **{clear}** on {one.judged_on} by {way} (Spearman {_signed(c.spearman)}, 95 % "
+                f"The order of the {n} **{clear} {one.judged_on} by {way} (Spearman {_signed(c.spearman)}, 95 % "
                 f"interval {_signed(c.spearman_low)} to {_signed(c.spearman_high)})."
             )
     if one.costs:
