@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import yaml
 
+from clustermim.studies.collecting import Findings, FloorRow, RunRow, TokenRow
 from clustermim.studies.doing import Bench
 from clustermim.studies.folder import StudyFolder
 from clustermim.studies.opening import Sources
@@ -16,6 +17,8 @@ from clustermim.studies.planning import make_plan
 from clustermim.studies.recipe import Recipe, parse_recipe
 from clustermim.studies.working import work
 from clustermim.training.launch import StopRequest
+
+SETTING = ("vit_micro", 1, "visible", 0.75, "random", 2)
 
 
 def write_images(
@@ -66,3 +69,31 @@ def run_here(values: Mapping[str, Any], out: Path) -> tuple[Recipe, Sources, Pla
     folder.open(yaml.safe_dump(dict(values)), plan)
     work(Bench(plan=plan, folder=folder, sources=sources, device="cpu"), StopRequest())
     return recipe, sources, plan, folder
+
+
+def run(name: str, linear: float, tokens: str | None = None) -> RunRow:
+    """An encoder of a data set `d` with this accuracy."""
+    facts: dict[str, Any] = {"data": "d", "judged_on": "d", "family": name, "setting": SETTING, "mask_ratio": 0.75}
+    facts |= {"model": "vit_micro", "epochs": 1, "encoder": "visible", "test_images": 360, "seed": 0}
+    return RunRow(name=name, tokens=tokens, scored_as=tokens, accuracy={"linear": linear}, **facts)
+
+
+def findings(runs: list[RunRow], floors: dict[str, float], alignment: dict[str, float] | None = None) -> Findings:
+    """Encoders, floors by name, and tokens by alignment, as a study would have found them."""
+    facts: dict[str, Any] = {"data": "d", "family": "t", "kind": "kmeans", "control": False, "k": 5, "patch_size": 2}
+    tokens = [
+        TokenRow(name=name, round=1, scores={"alignment_crossfit": value}, **facts)
+        for name, value in (alignment or {}).items()
+    ]
+    return Findings(
+        title="t",
+        tokens=tokens,
+        runs=runs,
+        floors=[FloorRow(data="d", judged_on="d", name=n, accuracy={"linear": v}) for n, v in floors.items()],
+        failures=[],
+        protocols=["linear"],
+        compare=None,
+        notes=[],
+        predictions=[],
+        seconds=1.0,
+    )

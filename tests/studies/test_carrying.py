@@ -9,8 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from scipy import stats
-from study_samples import run_here, small_recipe, write_images
-from test_telling import findings, run
+from study_samples import findings, run, run_here, small_recipe, write_images
 
 from clustermim.studies.answers import answer
 from clustermim.studies.carrying import Carried, carried

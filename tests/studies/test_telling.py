@@ -6,9 +6,9 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from study_samples import findings, run
 
 from clustermim.studies.answers import Pair, Sweep, SweepPoint, answer
-from clustermim.studies.collecting import Findings, FloorRow, RunRow, TokenRow
 from clustermim.studies.correlating import foreseen_pairs, noise, paired_difference
 from clustermim.studies.telling import (
     floor_sentences,
@@ -18,34 +18,6 @@ from clustermim.studies.telling import (
     prediction_sentences,
     sweep_sentences,
 )
-
-SETTING = ("vit_micro", 1, "visible", 0.75, "random", 2)
-
-
-def run(name: str, linear: float, tokens: str | None = None) -> RunRow:
-    facts: dict[str, Any] = {"data": "d", "judged_on": "d", "family": name, "setting": SETTING, "mask_ratio": 0.75}
-    facts |= {"model": "vit_micro", "epochs": 1, "encoder": "visible", "test_images": 360, "seed": 0}
-    return RunRow(name=name, tokens=tokens, scored_as=tokens, accuracy={"linear": linear}, **facts)
-
-
-def findings(runs: list[RunRow], floors: dict[str, float], alignment: dict[str, float] | None = None) -> Findings:
-    facts: dict[str, Any] = {"data": "d", "family": "t", "kind": "kmeans", "control": False, "k": 5, "patch_size": 2}
-    tokens = [
-        TokenRow(name=name, round=1, scores={"alignment_crossfit": value}, **facts)
-        for name, value in (alignment or {}).items()
-    ]
-    return Findings(
-        title="t",
-        tokens=tokens,
-        runs=runs,
-        floors=[FloorRow(data="d", judged_on="d", name=n, accuracy={"linear": v}) for n, v in floors.items()],
-        failures=[],
-        protocols=["linear"],
-        compare=None,
-        notes=[],
-        predictions=[],
-        seconds=1.0,
-    )
 
 
 def test_a_winning_floor_is_told_in_plain_words() -> None:

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from clustermim.studies.carrying import Carried, carried
-from clustermim.studies.collecting import Findings, RunRow
+from clustermim.studies.collecting import Findings, RunRow, by_cell
 from clustermim.studies.correlating import Correlation, Difference, Regret, correlate, paired_difference, regret
 from clustermim.studies.scores import SCORES, Score
 
@@ -90,7 +90,7 @@ class Answers:
     ranked: Sequence[Ranked]
     pairs: Sequence[Pair]
     sweeps: Sequence[Sweep]
-    carried: Sequence[Carried] = ()
+    carried: Sequence[Carried]
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for `results.json`."""
@@ -125,15 +125,6 @@ def main_setting(runs: Sequence[RunRow]) -> list[RunRow]:
         return []
     chosen = max(names, key=lambda setting: len(names[setting]))
     return [row for row in visible if row.setting == chosen]
-
-
-def by_cell(runs: Sequence[RunRow], protocol: str) -> dict[str, list[float]]:
-    """Name of the cell -> accuracy of each seed."""
-    found: dict[str, list[float]] = {}
-    for row in runs:
-        if protocol in row.accuracy:
-            found.setdefault(row.name, []).append(row.accuracy[protocol])
-    return found
 
 
 def scopes(findings: Findings, runs: Sequence[RunRow]) -> dict[str, list[RunRow]]:

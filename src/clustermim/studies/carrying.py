@@ -6,8 +6,8 @@ from typing import Any
 
 import numpy as np
 
-from clustermim.studies.collecting import Findings, RunRow
-from clustermim.studies.correlating import Correlation, correlate
+from clustermim.studies.collecting import Findings, RunRow, by_cell
+from clustermim.studies.correlating import Correlation, correlate, paired_difference
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,13 +31,18 @@ class Carried:
     order: Correlation | None
     costs: Mapping[str, float]
 
-    def row(self) -> dict[str, Any]:
-        """A flat record; the cost as mean, lowest and highest target."""
+    @property
+    def cost(self) -> tuple[float, float, float] | None:
+        """Mean, lowest and highest of the costs."""
         values = list(self.costs.values())
+        return (float(np.mean(values)), min(values), max(values)) if values else None
+
+    def row(self) -> dict[str, Any]:
+        """A flat record."""
         order = {} if self.order is None else asdict(self.order)
-        costs = {"cost": float(np.mean(values)), "cost_low": min(values), "cost_high": max(values)} if values else {}
+        cost = {} if self.cost is None else dict(zip(("cost", "cost_low", "cost_high"), self.cost, strict=True))
         where = {"data": self.data, "judged_on": self.judged_on, "protocol": self.protocol}
-        return where | order | costs | {"costs": dict(self.costs)}
+        return where | order | cost | {"costs": dict(self.costs)}
 
 
 def carried(findings: Findings) -> list[Carried]:
@@ -55,26 +60,21 @@ def carried(findings: Findings) -> list[Carried]:
     return found
 
 
-def _accuracies(rows: Sequence[RunRow], protocol: str) -> dict[str, dict[int, float]]:
+def _order(home: Sequence[RunRow], away: Sequence[RunRow], protocol: str) -> Correlation | None:
+    means = {name: float(np.mean(values)) for name, values in by_cell(home, protocol).items()}
+    return correlate(means, by_cell(away, protocol), higher=True)
+
+
+def _costs(away: Sequence[RunRow], natives: Sequence[RunRow], protocol: str) -> dict[str, float]:
+    here, native = _by_seed(away, protocol), _by_seed(natives, protocol)
+    gaps = {name: paired_difference(native.get(name, {}), seeds) for name, seeds in here.items()}
+    return {name: gap.points for name, gap in gaps.items() if gap is not None}
+
+
+def _by_seed(rows: Sequence[RunRow], protocol: str) -> dict[str, dict[int, float]]:
     """Target -> seed -> accuracy."""
     found: dict[str, dict[int, float]] = {}
     for row in rows:
         if protocol in row.accuracy:
             found.setdefault(row.name, {})[row.seed] = row.accuracy[protocol]
-    return found
-
-
-def _order(home: Sequence[RunRow], away: Sequence[RunRow], protocol: str) -> Correlation | None:
-    means = {name: float(np.mean(list(seeds.values()))) for name, seeds in _accuracies(home, protocol).items()}
-    there = {name: list(seeds.values()) for name, seeds in _accuracies(away, protocol).items()}
-    return correlate(means, there, higher=True)
-
-
-def _costs(away: Sequence[RunRow], natives: Sequence[RunRow], protocol: str) -> dict[str, float]:
-    found = {}
-    native = _accuracies(natives, protocol)
-    for name, seeds in _accuracies(away, protocol).items():
-        both = sorted(set(seeds) & set(native.get(name, {})))
-        if both:
-            found[name] = 100 * float(np.mean([native[name][seed] - seeds[seed] for seed in both]))
     return found

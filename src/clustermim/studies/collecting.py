@@ -145,6 +145,15 @@ class Findings:
         return found
 
 
+def by_cell(runs: Sequence[RunRow], protocol: str) -> dict[str, list[float]]:
+    """Name of the cell -> accuracy of each seed."""
+    found: dict[str, list[float]] = {}
+    for row in runs:
+        if protocol in row.accuracy:
+            found.setdefault(row.name, []).append(row.accuracy[protocol])
+    return found
+
+
 def test_images_of(rows: Sequence[RunRow]) -> int | None:
     """On how many images encoders that are judged on the same data were judged; None where none was."""
     return next((row.test_images for row in rows if row.test_images), None)
@@ -296,10 +305,11 @@ class _Gatherer:
         rows = []
         for floor in self.plan.floors:
             for judge, identity in floor.probe.items():
-                row = FloorRow(data=floor.data, judged_on=judge, name=floor.name, of_tokens=floor.of_tokens)
+                of_tokens = bool(self.plan.pieces[identity].needs)
+                found = FloorRow(data=floor.data, judged_on=judge, name=floor.name, of_tokens=of_tokens)
                 if self.states[identity] != "done":
-                    rows.append(replace(row, reason=self.why(identity)))
+                    rows.append(replace(found, reason=self.why(identity)))
                     continue
                 accuracy = {row["protocol"]: row["top1"] for row in self.record(identity)["result"]["rows"]}
-                rows.append(replace(row, accuracy=accuracy))
+                rows.append(replace(found, accuracy=accuracy))
         return rows

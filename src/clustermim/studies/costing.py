@@ -7,8 +7,10 @@ operations, so that a plan for a large GPU can be looked at on a laptop.
 
 import shutil
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -108,14 +110,29 @@ def check_space(cost: Cost, folder: StudyFolder, plan: Plan, jobs: int) -> None:
 
 def parameters(settings: Mapping[str, Any], image_size: tuple[int, int], channels: int) -> tuple[int, int]:
     """Parameters of a cell's encoder and decoder, without giving either any memory."""
-    name, kwargs = model_kwargs(settings["model"], image_size, settings["patch_size"], channels)
-    with torch.device("meta"):
-        encoder = sum(p.numel() for p in timm.create_model(name, **kwargs, num_classes=0).parameters())
+    encoder = _encoder_parameters(settings["model"], image_size, settings["patch_size"], channels)
     if settings["encoder"] == "full":
         return encoder, 0
     decoder = decoder_defaults(settings["model"])
     depth, dim = settings.get("decoder_depth") or decoder["depth"], settings.get("decoder_dim") or decoder["dim"]
     return encoder, 12 * depth * dim**2
+
+
+@cache
+def _encoder_parameters(model: str, image_size: tuple[int, int], patch_size: int, channels: int) -> int:
+    name, kwargs = model_kwargs(model, image_size, patch_size, channels)
+    with torch.device("meta"):
+        return sum(p.numel() for p in timm.create_model(name, **kwargs, num_classes=0).parameters())
+
+
+@contextmanager
+def _threads(count: int) -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def _runs(cell: Cell) -> list[str]:
@@ -134,19 +151,16 @@ def _operations(cell: Cell, sources: Sources) -> float:
 def _measure(plan: Plan, sources: Sources, device: Device, threads: int) -> float:
     if not plan.cells:
         return 2e10 * threads
-    by_size = sorted(plan.cells, key=lambda one: _operations(one, sources))
-    quick = [one for one in by_size if _MEASURED_BATCH * _operations(one, sources) <= _MEASURED_STEP]
-    cell = quick[-1] if quick else by_size[0]
-    each = _operations(cell, sources)
+    by_size = sorted(((_operations(one, sources), one) for one in plan.cells), key=lambda pair: pair[0])
+    quick = [pair for pair in by_size if _MEASURED_BATCH * pair[0] <= _MEASURED_STEP]
+    each, cell = quick[-1] if quick else by_size[0]
     most = min(int(cell.settings["batch_size"]), len(sources.train(cell.data)))
     batch = max(1, min(most, int(_MEASURED_STEP / each)))
     plain = {key: cell.settings[key] for key in ("model", "patch_size", "mask_ratio", "mask_kind", "encoder")}
     precision = cell.settings.get("precision", "auto")
     if trains_in(precision, resolve_device(device)):  # or the plan is for another machine
         plain["precision"] = precision
-    before = torch.get_num_threads()
-    torch.set_num_threads(threads)
-    try:
+    with _threads(threads):
         figures = pretrain(
             sources.entries[cell.data].source,
             out=Path(),  # a dry run writes nothing
@@ -158,17 +172,13 @@ def _measure(plan: Plan, sources: Sources, device: Device, threads: int) -> floa
             options=sources.options_for(cell.data, max(batch, 256)),
             **plain,
         ).figures
-    finally:
-        torch.set_num_threads(before)
     return float(figures["images_per_second"]) * each
 
 
 def _measure_products(device: Device, threads: int) -> float:
     """Operations a second of a product in 32 bits, such as those that find the nearest centroids."""
     rows, numbers, columns = _PRODUCT
-    before = torch.get_num_threads()
-    torch.set_num_threads(threads)
-    try:
+    with _threads(threads):
         a = torch.ones(rows, numbers, device=resolve_device(device))
         b = torch.ones(numbers, columns, device=a.device)
         found = (a @ b).sum().item()  # which waits for a GPU to be ready
@@ -176,8 +186,6 @@ def _measure_products(device: Device, threads: int) -> float:
         for _ in range(8):
             found += (a @ b)[0, 0].item()
         return float(8 * 2 * rows * numbers * columns / (time.perf_counter() - start))
-    finally:
-        torch.set_num_threads(before)
 
 
 def _autoencoder_operations(config: VQVAEConfig, patch_size: int, view: ViewConfig) -> float:

@@ -126,8 +126,6 @@ class Floor:
     data: str
     probe: Mapping[str, str] = field(hash=False)
     """Data that is judged -> the piece that does it."""
-    of_tokens: bool = False
-    """Whether it rests on tokens that were fitted on `data`; else on nothing but what is judged."""
 
 
 @dataclass(frozen=True, kw_only=True)

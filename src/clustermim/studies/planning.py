@@ -12,7 +12,6 @@ from clustermim.studies.pieces import Cell, Floor, Piece, Plan, Run, Tokens, Tri
 from clustermim.studies.recipe import CONTROLS, Recipe, select_names
 from clustermim.studies.weights import weights_in
 
-BAG = "bag-of-tokens:"
 PLACEHOLDER = re.compile(r"\{([^{}]+)\}")
 """In the features of a tokenizer: the encoder of the target of that name."""
 
@@ -372,8 +371,7 @@ class _Planner:
                 if probe:
                     label = f"random {member.settings.get('model', 'vit_micro')}" if spec == "random" else spec
                     if label not in {floor.name for floor in self.floors if floor.data == data}:
-                        of_tokens = spec.startswith(BAG)
-                        self.floors.append(Floor(name=label, data=data, probe=probe, of_tokens=of_tokens))
+                        self.floors.append(Floor(name=label, data=data, probe=probe))
 
     def _floor(self, spec: str, member: Member, data: str, judge: str) -> str:
         settings: dict[str, Any] = {"encoder": spec}
@@ -383,14 +381,16 @@ class _Planner:
         if spec == "random":
             model = member.settings.get("model", "vit_micro")
             settings["encoder"] = f"random:{model}?patch_size={self._patch_size({}, 'floors: random')}"
-        elif spec.startswith(BAG):
+        elif spec.startswith("bag-of-tokens:"):
             tokens = spec.partition(":")[2]
             if tokens not in known:
                 raise InputError(f"floors: {spec}: there is no tokenizer {tokens!r}.{nearest(tokens, known)}")
             needs = (known[tokens].fit,)
             name = f"{data} {spec}" + (f" on {judge}" if judge != data else "")
         elif spec != "raw-pixels":
-            raise InputError(f"floors: unknown floor {spec!r}.{nearest(spec, ('raw-pixels', 'random', BAG))}")
+            raise InputError(
+                f"floors: unknown floor {spec!r}.{nearest(spec, ('raw-pixels', 'random', 'bag-of-tokens:'))}"
+            )
         facts = {
             "protocols": list(self.recipe.protocols),
             "images": self._facts(judge),

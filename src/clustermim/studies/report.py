@@ -107,7 +107,7 @@ def _targets(section: Section, findings: Findings, recipe: Recipe, pairs: Sequen
                 "pretraining has touched. The axis does not begin at zero.",
             )
     score = leading([t.scores for t in findings.tokens])
-    cells = summaries(findings)
+    cells, floors = summaries(findings), _floors(findings)
     section.table(
         [
             Column(key="name", title="target", kind="text"),
@@ -123,12 +123,12 @@ def _targets(section: Section, findings: Findings, recipe: Recipe, pairs: Sequen
             Column(key="minutes", title="minutes", digits=1, optional=True),
             Column(key="reason", title="missing because", kind="text", optional=True),
         ],
-        [_cell(one, findings, score.key) for one in cells] + _floors(findings),
+        [_cell(one, findings, score.key) for one in cells] + floors,
         caption="Frozen features unless fine-tuned. In brackets the lowest and highest seed, or of a single one the 95 "
         "% interval over test images. Learning rate, layer and pool were chosen on validation images, by the same rule "
         "for every target; minutes are those of all trainings of a target, every learning rate and seed. Best encoder "
         "in bold; floors, in grey, do not compete. Targets without tokens have the score of `identity` tokens.",
-        muted=range(len(cells), len(cells) + len(findings.floors_once)),
+        muted=range(len(cells), len(cells) + len(floors)),
         filterable=True,
     )
 

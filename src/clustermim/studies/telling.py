@@ -5,9 +5,9 @@ from datetime import datetime
 
 import numpy as np
 
-from clustermim.studies.answers import CHOICES, Answers, Pair, Ranked, Sweep, by_cell, main_setting
+from clustermim.studies.answers import CHOICES, Answers, Pair, Ranked, Sweep, main_setting
 from clustermim.studies.carrying import Carried
-from clustermim.studies.collecting import Findings, RunRow, test_images_of
+from clustermim.studies.collecting import Findings, RunRow, by_cell, test_images_of
 from clustermim.studies.correlating import FEWEST_RESAMPLED, Correlation, foreseen_pairs, noise
 from clustermim.studies.scores import leading
 
@@ -104,8 +104,9 @@ def _score_sentence(one: Ranked, findings: Findings) -> str:
             f"correlation with linear accuracy is {_signed(c.spearman)}, and an interval takes {FEWEST_RESAMPLED}"
         )
     else:
+        verdict = _verdict(c, "ranks", "ranks in the wrong order", "does not clearly rank")
         told = (
-            f"On {place}, {name} **{_verdict(c)}** the {c.cells} token targets by linear probe (Spearman "
+            f"On {place}, {name} **{verdict}** the {c.cells} token targets by linear probe (Spearman "
             f"{_signed(c.spearman)}, 95 % interval {_signed(c.spearman_low)} to {_signed(c.spearman_high)})"
         )
     if r is None:
@@ -135,12 +136,13 @@ def _floors_of(findings: Findings, data: str, judged_on: str, protocol: str) -> 
     }
 
 
-def _verdict(c: Correlation) -> str:
+def _verdict(c: Correlation, right: str, wrong: str, unclear: str) -> str:
+    """Which of three ways to say it an interval allows."""
     if c.spearman_low is not None and c.spearman_low > 0:
-        return "ranks"
+        return right
     if c.spearman_high is not None and c.spearman_high < 0:
-        return "ranks in the wrong order"
-    return "does not clearly rank"
+        return wrong
+    return unclear
 
 
 def pair_sentence(pair: Pair) -> str:
@@ -178,20 +180,18 @@ def carried_sentence(one: Carried) -> str:
                 f"correlation is {_signed(c.spearman)}, and an interval takes {FEWEST_RESAMPLED}."
             )
         else:
-            clear = "carries over** to" if c.spearman_low > 0 else "does not clearly carry over** to"
-            clear = "is turned round** on" if (c.spearman_high or 0) < 0 else clear
+            verdict = _verdict(c, "carries over** to", "is turned round** on", "does not clearly carry over** to")
             told.append(
-                f"The order of the {n} **{clear} {one.judged_on} by {way} (Spearman {_signed(c.spearman)}, 95 % "
+                f"The order of the {n} **{verdict} {one.judged_on} by {way} (Spearman {_signed(c.spearman)}, 95 % "
                 f"interval {_signed(c.spearman_low)} to {_signed(c.spearman_high)})."
             )
-    if one.costs:
-        values = list(one.costs.values())
-        mean = float(np.mean(values))
-        spread = f" (mean of {len(values)} targets, {_signed(-max(values), 1)} to {_signed(-min(values), 1)})"
+    if one.cost is not None:
+        mean, least, most = one.cost
+        spread = f" (mean of {len(one.costs)} targets, {_signed(-most, 1)} to {_signed(-least, 1)})"
         side = "below" if mean >= 0 else "above"
         told.append(
             f"Pretrained on {one.data}, {'they' if told else 'encoders'} lie **{abs(mean):.1f} points {side}** those "
-            f"pretrained on {one.judged_on} itself{spread if len(values) > 1 else ''}."
+            f"pretrained on {one.judged_on} itself{spread if len(one.costs) > 1 else ''}."
         )
     return " ".join(told)
 
